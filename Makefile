@@ -1,0 +1,52 @@
+# Every command of the study. `make` or `make help` lists them.
+PROFILE ?= default
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := $(or $(VQA_RUNS),runs)/stamps/$(PROFILE)
+REPORT := reports/$(PROFILE)
+PACKAGE := $(wildcard src/vqa/*.py src/vqa/*/*.py) $(wildcard params/*.yaml)
+NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
+
+.PHONY: help study test lab figures lint clean diffs
+.DELETE_ON_ERROR:
+
+help: ## list these commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@echo "  PROFILE=NAME picks another file of params/ ($(basename $(notdir $(wildcard params/*.yaml))))"
+
+study: $(NOTEBOOKS:%=$(STAMPS)/%) ## run every notebook and write the report of PROFILE
+	@echo "the report is in $(REPORT)"
+
+test: .venv/ready ## run the tests
+	$(BIN)/python -m pytest
+
+lab: .venv/ready ## open JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+figures: .venv/ready ## redraw every figure and table from the recorded results, without training
+	$(BIN)/python -m vqa.report --readme $(notdir $(patsubst %/records,%,$(wildcard reports/*/records)))
+
+lint: .venv/ready ## check style
+	$(BIN)/ruff check src tests && $(BIN)/ruff format --check src tests
+
+diffs: .venv/ready ## show notebook changes as notebooks in this clone's git diff and merge
+	$(BIN)/nbdime config-git --enable
+
+clean: ## forget all runs; reports and the environment stay
+	rm -rf runs
+
+# A stamp, not the executed notebook, says what is up to date: reports are in git, where times mean nothing.
+$(STAMPS)/%: notebooks/%.ipynb $(PACKAGE) .venv/ready
+	@$(BIN)/python -m vqa.launch $(PROFILE)
+	@mkdir -p $(REPORT) $(STAMPS)
+	$(BIN)/papermill $< $(REPORT)/$*.ipynb --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
+	@touch $@
+
+# The results come last: they read what the others record.
+$(STAMPS)/08_results: $(filter-out $(STAMPS)/08_results,$(NOTEBOOKS:%=$(STAMPS)/%))
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo $(CURDIR)/src > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/vqa.pth"
+	@touch $@

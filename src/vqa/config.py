@@ -1,0 +1,344 @@
+"""The configuration of a study: a profile file, overrides, and the runs they describe.
+
+A profile (`params/<name>.yaml`) is YAML 1.2, so `3e-4` is a number and `no` is a word. Its keys
+and types are checked by pydantic before anything starts; a mistake is one sentence that names the
+place and, for a key, the nearest right one. `python -m vqa.config PROFILE` prints the resolved
+profile, or that sentence.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = ROOT / "params"
+
+
+class ConfigError(ValueError):
+    """A profile or an override that cannot be used; its message is one sentence for the user."""
+
+
+class Section(BaseModel):
+    """Common rules of every part: no unknown keys, no silent conversions, no changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+S = TypeVar("S", bound=Section)
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(Section):
+    source: Literal["easy_vqa", "sort_of_clevr"]
+    image_size: Positive = 64  # pixels a side, after resizing
+    validation_images: Positive  # held out of the training split, by image
+    split_seed: int = 0  # which images are held out; the same for every seed of a run
+    train_images: Positive | None = None  # use only the first so many (shuffled); None: all
+    test_images: Positive | None = None
+    flips: bool = True  # mirror images at random (left-right, top-bottom); answers stay true
+
+
+class ImageEncoderConfig(Section):
+    kind: Literal["vit", "resnet18"]
+    width: Positive = 768  # ViT: hidden size; ResNet18: channels of the last stage
+    layers: Positive = 12  # ViT only: ResNet18 has its 18 by name
+    heads: Positive = 12  # ViT only
+    patch_size: Positive = 16  # ViT only
+    stem: Literal["patch", "conv"] = "patch"  # ViT only; conv: Xiao et al. 2021
+    pretrained: str | None = None  # a hub id, a local folder, or for ResNet18 a torchvision weight name
+    revision: str | None = None  # the hub commit; required with a hub id
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "vit" and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.kind == "vit" and self.stem == "conv" and self.patch_size not in (4, 8, 16):
+            raise ValueError(f"a conv stem needs patch_size 4, 8 or 16, not {self.patch_size}")
+        if self.kind == "resnet18" and self.width % 8:
+            raise ValueError(f"width {self.width} is not a multiple of 8, as its four stages need")
+        return self
+
+
+class TextEncoderConfig(Section):
+    kind: Literal["bert", "distilbert"]
+    width: Positive = 768
+    layers: Positive = 12
+    heads: Positive = 12
+    pretrained: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class FusionConfig(Section):
+    kind: Literal["concat", "cross_attention", "unified_decoder"] = "concat"
+    width: Positive = 256
+    layers: Positive = 2  # concat has none
+    heads: Positive = 4
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ModelConfig(Section):
+    image_encoder: ImageEncoderConfig
+    text_encoder: TextEncoderConfig
+    fusion: FusionConfig
+    dropout: Fraction = 0.0
+    max_question_tokens: Positive = 32
+
+
+class TrainConfig(Section):
+    epochs: Positive
+    global_batch_size: Positive = 32  # images a step, over all ranks and accumulation steps
+    gradient_accumulation_steps: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_fraction: Fraction = 0.05  # of all steps; cosine to zero afterwards
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    amp: Literal["off", "bf16"] = "off"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    patience: Positive | None = None  # epochs without a better validation before stopping
+
+
+class LaunchConfig(Section):
+    world_size: Positive = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads_per_rank: Positive = 2
+
+
+class RunConfig(Section):
+    """All that decides what one training run computes. Its hash names the run folder."""
+
+    role: str  # teacher | student
+    objective: Literal["answers", "alignment"]
+    seed: int
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    launch: LaunchConfig
+    parent: Self | None = None  # the alignment run whose towers this one starts from
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.source == "sort_of_clevr" and self.data.flips:
+            raise ValueError("data.flips must be false for sort_of_clevr, which asks for left and right")
+        encoder, size = self.model.image_encoder, self.data.image_size
+        parts = self.launch.world_size * self.train.gradient_accumulation_steps
+        if encoder.kind == "vit" and size % encoder.patch_size:
+            raise ValueError(f"data.image_size {size} is not a multiple of patch_size {encoder.patch_size}")
+        if self.train.global_batch_size % parts:
+            raise ValueError(
+                f"train.global_batch_size {self.train.global_batch_size} does not divide evenly by "
+                f"world_size x gradient_accumulation_steps = {parts}"
+            )
+        if self.objective == "alignment" and self.train.gradient_accumulation_steps > 1:
+            raise ValueError("alignment compares all pairs of a step, so it cannot accumulate gradients")
+        return self
+
+    @property
+    def name(self) -> str:
+        middle = "-alignment" if self.objective == "alignment" else f"-{self.model.fusion.kind}"
+        return f"{self.role}{middle}-seed{self.seed}"
+
+
+class Profile(Section):
+    """One file of `params/`: the data, the models, how each is trained, and on what."""
+
+    name: str
+    seeds: list[int] = Field(min_length=1)
+    data: DataConfig
+    models: dict[Literal["teacher", "student"], ModelConfig]
+    train: dict[Literal["teacher", "student"], TrainConfig]
+    alignment: dict[Literal["teacher", "student"], TrainConfig] = {}  # roles whose towers are aligned first
+    launch: LaunchConfig
+    at_once: Positive = 1  # runs side by side, where a notebook asks for several
+    benchmark_steps: Positive  # timed steps an arm
+    fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
+
+    def run(self, role: str, seed: int | None = None, aligned: bool = True, **changes: Any) -> RunConfig:
+        """The run of `role` under this profile; with `aligned` off, its towers start untrained.
+
+        `changes` are dotted keys of RunConfig with `__` for the dot: `train__epochs=2`.
+        Raises ConfigError for a wrong key, type or combination.
+        """
+        if role not in self.models:
+            raise ConfigError(f"no model {role!r} in profile {self.name}: {near(role, self.models)}")
+        raw = {
+            "role": role,
+            "objective": "answers",
+            "seed": self.seeds[0] if seed is None else seed,
+            "data": self.data.model_dump(),
+            "model": self.models[role].model_dump(),
+            "train": self.train[role].model_dump(),
+            "launch": self.launch.model_dump(),
+        }
+        for key, value in changes.items():
+            _assign(raw, key.replace("__", "."), value)
+        if aligned and role in self.alignment:
+            raw["parent"] = self._alignment_of(role, raw)
+        return _validate(RunConfig, raw, f"profile {self.name}")
+
+    def _alignment_of(self, role: str, raw: dict) -> dict:
+        """The run that aligns the towers of run `raw`. It has no fusion, so all fusions can share it."""
+        return raw | {
+            "objective": "alignment",
+            "train": self.alignment[role].model_dump(),
+            "model": raw["model"] | {"fusion": FusionConfig().model_dump()},
+        }
+
+
+def load_profile(name: str, overrides: dict[str, Any] | None = None) -> Profile:
+    """The profile `params/<name>.yaml`, its bases, then `overrides` (dotted keys) on top.
+
+    Raises ConfigError, with one sentence, for anything that cannot be used.
+    """
+    raw = _read(name)
+    for key, value in (overrides or {}).items():
+        _assign(raw, key, value)
+    profile = _validate(Profile, {**raw, "name": name}, f"profile {name}")
+    for role in profile.models:  # combinations are checked now, not when a notebook gets there
+        for fusion in [profile.models[role].fusion, *profile.fusions]:
+            profile.run(role, model__fusion=fusion.model_dump())
+    return profile
+
+
+def load_section(kind: type[S], path: Path) -> S:
+    """The section that `save_yaml` stored at `path`."""
+    return _validate(kind, _yaml(path), str(path))
+
+
+def save_yaml(section: Section, path: Path) -> None:
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(section.model_dump(), file)
+
+
+def digest(section: Section) -> str:
+    """Eight hex digits that change when any resolved value changes."""
+    text = json.dumps(section.model_dump(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """`["train.teacher.lr=3e-4"]` -> `{"train.teacher.lr": 0.0003}`, values read as YAML 1.2."""
+    overrides = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"an override is written KEY=VALUE, not {pair!r}")
+        overrides[key] = YAML(typ="safe", pure=True).load(value)
+    return overrides
+
+
+def _read(name: str, seen: tuple[str, ...] = ()) -> dict:
+    path = PARAMS / f"{name}.yaml"
+    if not path.is_file():
+        known = [p.stem for p in PARAMS.glob("*.yaml")]
+        raise ConfigError(f"no profile {name!r} in {PARAMS.name}/: {near(name, known)}")
+    if name in seen:
+        raise ConfigError(f"profile {name} is its own base, through {' -> '.join(seen)}")
+    raw = _yaml(path)
+    base = raw.pop("base", None)
+    return _merge(_read(base, (*seen, name)), raw) if base else raw
+
+
+def _yaml(path: Path) -> dict:
+    try:
+        raw = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path.name}{line} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path.name} holds no keys")
+    return raw
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _assign(raw: dict, dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for depth, key in enumerate(path):
+        raw = raw.setdefault(key, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{'.'.join(path[: depth + 1])} holds a value, so {dotted} cannot be set")
+    raw[last] = value
+
+
+def _validate(kind: type[S], raw: dict, where: str) -> S:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(kind, error)}") from None
+
+
+def _sentence(kind: type[Section], error: ValidationError) -> str:
+    """The first problem of `error`, in words."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "[key]"]
+    dotted = ".".join(place)
+    known = _keys_at(kind, place[:-1]) if place else []
+    if known and place[-1] not in known:
+        return f"unknown key {dotted}; {near(place[-1], known)}"
+    if first["type"] == "missing":
+        return f"the key {dotted} is missing"
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{dotted}: {said}" if dotted else said
+    return f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}"
+
+
+def _keys_at(annotation: Any, path: list[str]) -> list[str]:
+    """The keys that the schema allows below `path`; none where it allows anything."""
+    if get_origin(annotation) is dict:
+        names, values = get_args(annotation)
+        return _keys_at(values, path[1:]) if path else list(get_args(names))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        fields = annotation.model_fields
+        return _keys_at(fields[path[0]].annotation, path[1:]) if path else list(fields)
+    return []
+
+
+def near(word: str, known: Any) -> str:
+    known = list(known)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check a profile and print it resolved.")
+    parser.add_argument("profile")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
+    arguments = parser.parse_args()
+    try:
+        profile = load_profile(arguments.profile, parse_overrides(arguments.overrides))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    YAML(typ="safe", pure=True).dump(profile.model_dump(), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

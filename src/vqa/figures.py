@@ -1,0 +1,471 @@
+"""The study's figures. Each takes the Report it is drawn from and gives a matplotlib Figure.
+
+Runs differ by line style and marker, bars by hatching, so that every figure reads in grey.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+from vqa.config import Profile, load_profile
+from vqa.metrics import BlindBaseline
+from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
+from vqa.objectives import Answers, tokenizer_for
+from vqa.sources import pairs
+
+if TYPE_CHECKING:
+    from vqa.report import Record, Report
+
+GREYS = ("0.15", "0.5", "0.75", "0.9")
+HATCHES = ("", "//", "..", "xx")
+MARKERS = ("o", "s", "^", "D", "v")
+BERT_VOCABULARY = 30522
+FIGURES: dict[str, Callable[["Report"], Figure]] = {}
+
+
+def set_style() -> None:
+    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    matplotlib.rcParams.update({"figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "hatch.linewidth": 0.6})
+
+
+def figure(draw: Callable[["Report"], Figure]) -> Callable[["Report"], Figure]:
+    """Enter `draw` in FIGURES under its name, and keep notebooks from showing its figure twice."""
+
+    def drawn(report: "Report") -> Figure:
+        made = draw(report)
+        pyplot.close(made)
+        return made
+
+    FIGURES[draw.__name__] = drawn
+    return drawn
+
+
+@figure
+def samples(report: "Report") -> Figure:
+    """Eight training images with two of their questions each."""
+    table = report.source.splits["train"]
+    made, axes = pyplot.subplots(2, 4, figsize=(12, 7.4))
+    for axis, row in zip(axes.flat, np.linspace(0, len(table) - 1, 8, dtype=int), strict=True):
+        item = table[int(row)]
+        show_image(axis, item["image"])
+        asked = list(dict.fromkeys(zip(item["question"], item["answer"], strict=True)))
+        spread = [asked[0], asked[-1]]
+        axis.set_title("\n".join(f"{question}\n→ {answer}" for question, answer in spread), fontsize=8.5)
+    made.tight_layout()
+    return made
+
+
+@figure
+def answer_balance(report: "Report") -> Figure:
+    """How often each answer is right, in training and test."""
+    splits = report.source.splits
+    shares = pd.DataFrame(
+        {name: pairs(splits[name])["answer"].value_counts(normalize=True) * 100 for name in ("train", "test")}
+    ).sort_values("train", ascending=False)
+    made, axis = pyplot.subplots(figsize=(9, 3.6))
+    bars(axis, shares)
+    axis.set(xlabel="answer", ylabel="share of questions, %")
+    axis.tick_params("x", rotation=30)
+    return made
+
+
+@figure
+def blind_baseline(report: "Report") -> Figure:
+    """What the words of a question give away, by question type."""
+    test = pairs(report.source.splits["test"])
+    blind = BlindBaseline(pairs(report.source.splits["train"]))
+    test["right"] = 100.0 * (blind(test["question"]) == test["answer"])
+    test["chance"] = 100 / test.groupby("question_type")["answer"].transform("nunique")
+    by_type = test.groupby("question_type")[["right", "chance"]].mean()
+    by_type.columns = ["image-blind majority", "uniform guess within the type"]
+    made, axis = pyplot.subplots(figsize=(9, 3.6))
+    bars(axis, by_type, labels=True)
+    axis.set(xlabel="question type", ylabel="test accuracy, %", ylim=(0, 105))
+    return made
+
+
+@figure
+def towers(report: "Report") -> Figure:
+    """Both models of the profile as blocks, with the shapes that flow through them, measured by running them."""
+    made, axes = pyplot.subplots(1, 2, figsize=(13, 5.2))
+    for axis, role in zip(axes, ("teacher", "student"), strict=True):
+        draw_model(axis, build(report, role), role)
+    return made
+
+
+@figure
+def parameter_share(report: "Report") -> Figure:
+    """Parameters by part for teacher and student: this profile's and the full-size pair of `base`."""
+    made, axes = pyplot.subplots(1, 2, figsize=(12, 3.6))
+    own = len(tokenizer_for(report.profile.run("student"), report.source))
+    for axis, (profile, words) in zip(
+        axes, ((report.profile, own), (load_profile("base"), BERT_VOCABULARY)), strict=True
+    ):
+        counts = pd.DataFrame({role: parts(build_meta(profile, role, words)) for role in ("teacher", "student")}).T
+        left = np.zeros(len(counts))
+        for place, part in enumerate(counts.columns):
+            axis.barh(
+                counts.index,
+                counts[part],
+                left=left,
+                color=GREYS[place],
+                hatch=HATCHES[place],
+                edgecolor="black",
+                linewidth=0.5,
+                label=part.replace("_", " "),
+            )
+            left += counts[part].to_numpy()
+        smaller = 100 * (1 - counts.loc["student"].sum() / counts.loc["teacher"].sum())
+        axis.set(title=f"{profile.name}: student {smaller:.1f} % smaller", xlabel="parameters")
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.invert_yaxis()
+    axes[1].legend(fontsize=9, loc="lower right")
+    made.tight_layout()
+    return made
+
+
+@figure
+def learning_curves(report: "Report") -> Figure:
+    """Training loss and validation accuracy of every run that answers questions."""
+    made, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4))
+    blind = 0.0
+    for place, record in enumerate(report.answer_runs()):
+        metrics = record.metrics
+        style = {"marker": MARKERS[place % 5], "color": f"C{place}", "markersize": 5, "label": run_label(record)}
+        loss, judged = metrics.dropna(subset="loss"), metrics.dropna(subset="validation")
+        left.plot(loss["step"], loss["loss"], linestyle=("-", "--", ":", "-.")[place % 4], **style)
+        right.plot(judged["step"], judged["validation"], linestyle=("-", "--", ":", "-.")[place % 4], **style)
+        held = record.predictions.query("split == 'validation'")
+        blind = 100 * held["blind_correct"].mean()
+    right.axhline(blind, color="black", linewidth=1, linestyle=(0, (1, 1)))
+    right.annotate("image-blind", (0, blind), xytext=(3, 3), textcoords="offset points", fontsize=9)
+    left.set(xlabel="optimizer step", ylabel="cross-entropy, nats", yscale="log", title="training loss")
+    right.set(xlabel="optimizer step", ylabel="accuracy, %", title="validation (images held out of training)")
+    left.yaxis.set_minor_formatter(NullFormatter())
+    left.legend(fontsize=9)
+    made.tight_layout()
+    return made
+
+
+@figure
+def alignment_curves(report: "Report") -> Figure:
+    """Recall@1 on held-out images while the towers are aligned with captions."""
+    made, axis = pyplot.subplots(figsize=(7, 3.8))
+    aligned = [record for record in report.records() if record.config.get("objective") == "alignment"]
+    for place, record in enumerate(aligned):
+        judged = record.metrics.dropna(subset="validation")
+        axis.plot(
+            judged["epoch"],
+            judged["validation"],
+            marker=MARKERS[place],
+            linestyle=("-", "--")[place % 2],
+            label=f"{record.config['role']} towers",
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="epoch", ylabel="recall@1, mean of both ways, %", ylim=(0, 103))
+    axis.legend(fontsize=9)
+    return made
+
+
+@figure
+def confusion(report: "Report") -> Figure:
+    """What each model answers where it should have said something else, by question type."""
+    records = report.first_seeds()
+    made, axes = pyplot.subplots(1, len(records), figsize=(6.2 * len(records), 5.4), squeeze=False)
+    order = sorted(report.source.answers, key=lambda answer: (kind_of(report, answer), answer))
+    for axis, record in zip(axes[0], records, strict=True):
+        test = record.predictions.query("split == 'test'")
+        counts = pd.crosstab(test["answer"], test["prediction"]).reindex(index=order, columns=order, fill_value=0)
+        share = 100 * counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+        seaborn.heatmap(
+            share,
+            ax=axis,
+            cmap="Greys",
+            vmin=0,
+            vmax=100,
+            annot=share.round(0).astype(int),
+            fmt="d",
+            annot_kws={"size": 7},
+            cbar=False,
+            linewidths=0.3,
+        )
+        axis.set(title=f"{run_label(record)}: % of each true answer", xlabel="model's answer", ylabel="true answer")
+    made.tight_layout()
+    return made
+
+
+@figure
+def right_and_wrong(report: "Report") -> Figure:
+    """Per run: the surest right answers and the surest wrong ones, on test images."""
+    records = report.first_seeds()
+    made, axes = pyplot.subplots(len(records), 8, figsize=(14, 2.5 * len(records)), squeeze=False)
+    images = {
+        row["image_id"]: row["image"] for row in report.source.splits["test"].select_columns(["image_id", "image"])
+    }
+    for row, record in zip(axes, records, strict=True):
+        test = record.predictions.query("split == 'test'").sort_values("confidence", ascending=False)
+        chosen = [test[test["correct"]].drop_duplicates("question_type").head(4)]
+        chosen.append(test[~test["correct"]].drop_duplicates("image_id").head(4))
+        for axis, block in zip((row[:4], row[4:]), chosen, strict=True):
+            for place, cell in enumerate(axis):
+                if place >= len(block):
+                    cell.set_axis_off()
+                    continue
+                item = block.iloc[place]
+                show_image(cell, images[item["image_id"]])
+                verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
+                question = item["question"].replace(" the ", " the\n", 1)
+                cell.set_title(f"{question}\n→ {item['prediction']} ({verdict})", fontsize=7)
+        row[0].set_ylabel(run_label(record), fontsize=9)
+    made.tight_layout()
+    return made
+
+
+@figure
+def accuracy_by_type(report: "Report") -> Figure:
+    """Test accuracy by question type with 95 % intervals clustered by image, beside the blind baseline."""
+    results = report.results()
+    rows = results[(results["split"] == "test") & results["metric"].str.startswith("accuracy_")]
+    rows = rows[~rows["metric"].isin(["accuracy_blind", "accuracy_minus_blind", "accuracy_written"])]
+    kinds = sorted(rows["metric"].unique())
+    made, axis = pyplot.subplots(figsize=(10, 4))
+    records = report.answer_runs()
+    for place, record in enumerate(records):
+        own = rows[rows["run"] == record.name].set_index("metric").loc[kinds]
+        at = np.arange(len(kinds)) + (place - (len(records) - 1) / 2) * 0.15
+        error = [own["value"] - own["low"], own["high"] - own["value"]]
+        axis.errorbar(
+            at, own["value"], error, fmt=MARKERS[place % 5], capsize=3, color=f"C{place}", label=run_label(record)
+        )
+    if records:
+        test = records[0].predictions.query("split == 'test'")
+        blind = 100 * test.groupby("question_type")["blind_correct"].mean()
+        for place, kind in enumerate(kinds):
+            level = blind[kind.removeprefix("accuracy_")]
+            axis.hlines(
+                level, place - 0.35, place + 0.35, color="black", linestyle=":", label=None if place else "image-blind"
+            )
+    axis.set_xticks(range(len(kinds)), [kind.removeprefix("accuracy_") for kind in kinds])
+    axis.set(xlabel="question type", ylabel="test accuracy, %", ylim=(None, 101))
+    axis.legend(fontsize=9, loc="lower right")
+    return made
+
+
+@figure
+def precision_costs(report: "Report") -> Figure:
+    """Step time and peak memory of fp32 and bf16, with and without gradient checkpointing."""
+    rows = report.results()
+    rows = rows[rows["metric"].isin(["step_seconds", "peak_memory_bytes"]) & rows["run"].str.contains("precision")]
+    rows = rows.assign(arm=rows["precision"] + rows["engine"].str.removeprefix("eager").str.replace(", ", "\n"))
+    made, axes = pyplot.subplots(1, 2, figsize=(11, 3.6))
+    for axis, metric, unit, scale in zip(
+        axes,
+        ("step_seconds", "peak_memory_bytes"),
+        ("step, ms", "peak memory of a step, MiB"),
+        (1e3, 2**-20),
+        strict=True,
+    ):
+        own = rows[rows["metric"] == metric].set_index("arm")[["value"]] * scale
+        bars(axis, own, labels=True)
+        axis.set(xlabel="", ylabel=unit)
+        axis.get_legend().remove()
+    made.tight_layout()
+    return made
+
+
+@figure
+def step_breakdown(report: "Report") -> Figure:
+    """Where a training step's time goes, by torch.profiler."""
+    rows = report.results()
+    rows = rows[rows["metric"].str.startswith("seconds_")]
+    rows = rows.assign(part=rows["metric"].str.removeprefix("seconds_").str.replace("_", " "))
+    table = rows.pivot_table(index="part", columns="model", values="value", sort=False) * 1e3
+    made, axis = pyplot.subplots(figsize=(9, 3.6))
+    bars(axis, table, labels=True)
+    axis.set(xlabel="", ylabel="time per step, ms")
+    axis.tick_params("x", rotation=20)
+    return made
+
+
+@figure
+def fusion_costs(report: "Report") -> Figure:
+    """Accuracy of each fusion against what a question costs it, in operations and in time."""
+    results = report.results()
+    costs = results[results["run"].str.contains("-costs-")]
+    accuracy = results.query("metric == 'accuracy' and split == 'test' and model == 'teacher'")
+    made, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
+    for axis, metric, words, scale in zip(
+        axes,
+        ("flops_per_question", "training_questions_per_second"),
+        ("operations per question, MFLOP", "training speed, questions/s"),
+        (1e-6, 1),
+        strict=True,
+    ):
+        for place, (fusion, own) in enumerate(accuracy.groupby("fusion", sort=False)):
+            cost = costs[(costs["metric"] == metric) & (costs["fusion"] == fusion)]["value"]
+            if cost.empty:
+                continue
+            error = [own["value"] - own["low"], own["high"] - own["value"]]
+            axis.errorbar([cost.iloc[0] * scale] * len(own), own["value"], error, fmt=MARKERS[place], capsize=3,
+                          color=f"C{place}", label=fusion.replace("_", " "))  # fmt: skip
+        axis.set(xlabel=words, xscale="log")
+    axes[0].set(ylabel="test accuracy, % [95 %]")
+    axes[1].legend(fontsize=9)
+    made.tight_layout()
+    return made
+
+
+@figure
+def full_size_memory(report: "Report") -> Figure:
+    """Peak memory of one full-size training step on one image, concat beside cross attention."""
+    rows = report.results()
+    rows = rows[rows["run"].str.contains("-full_size-")]
+    rows = rows.assign(arm=rows["precision"] + rows["engine"].str.removeprefix("eager").str.replace(", ", "\n"))
+    table = rows.pivot_table(index="arm", columns="fusion", values="value", sort=False) * 2**-30
+    made, axis = pyplot.subplots(figsize=(9, 3.8))
+    bars(axis, table, labels=True)
+    axis.set(xlabel="", ylabel="peak memory of a step, GiB")
+    return made
+
+
+@figure
+def attention_maps(report: "Report") -> Figure:
+    """Where a cross-attention model looks: the mean over heads and question tokens, wrong answers first."""
+    (record,) = [record for record in report.records() if (record.folder / "attention.npz").is_file()]
+    kept = np.load(record.folder / "attention.npz")
+    looked = next(r for r in report.first_seeds() if r.config["model"]["fusion"]["kind"] == "cross_attention")
+    test = looked.predictions.query("split == 'test'").set_index("question_id")
+    images = {
+        row["image_id"]: row["image"] for row in report.source.splits["test"].select_columns(["image_id", "image"])
+    }
+    count = len(kept["question_id"])
+    made, axes = pyplot.subplots(2, count, figsize=(1.9 * count, 5), squeeze=False)
+    for place, (asked, seen, words) in enumerate(zip(*kept.values(), strict=True)):
+        item = test.loc[asked]
+        image = np.asarray(images[item["image_id"]], dtype=np.uint8)
+        side = int(np.sqrt(seen.shape[1]))  # a [CLS] token, where there is one, comes first
+        over_image = seen[words != ""].mean(0)[-side * side :].reshape(side, side)
+        show_image(axes[0, place], image)
+        verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
+        question = item["question"].replace(" the ", " the\n", 1)
+        axes[0, place].set_title(f"{question}\n→ {item['prediction']} ({verdict})", fontsize=7)
+        show_image(axes[1, place], image)
+        whole = (0, image.shape[2], image.shape[1], 0)
+        axes[1, place].imshow(over_image, cmap="Greys_r", alpha=0.75, extent=whole, interpolation="nearest")
+    axes[0, 0].set_ylabel("image", fontsize=9)
+    axes[1, 0].set_ylabel("attention (light = looked at)", fontsize=9)
+    made.tight_layout()
+    return made
+
+
+def bars(axis: Axes, table: pd.DataFrame, labels: bool = False) -> None:
+    """Grouped bars, one group a row of `table`, told apart in grey by shade and hatching."""
+    table.plot.bar(ax=axis, color=GREYS[: table.shape[1]], edgecolor="black", linewidth=0.5, rot=0, width=0.75)
+    for place, group in enumerate(axis.containers):
+        for patch in group:
+            patch.set_hatch(HATCHES[place])
+        if labels:
+            axis.bar_label(group, fmt="%.3g", fontsize=8, padding=1)
+    axis.margins(y=0.12)
+    axis.grid(axis="x", visible=False)
+
+
+def show_image(axis: Axes, image: object) -> None:
+    axis.imshow(np.asarray(image, dtype=np.uint8).transpose(1, 2, 0))
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(visible=False)
+
+
+def run_label(record: "Record") -> str:
+    config = record.config
+    fusion = config["model"]["fusion"]["kind"].replace("_", " ")
+    alone = "" if config["parent"] else ", not aligned"
+    return f"{config['role']} ({fusion}{alone}, seed {config['seed']})"
+
+
+def kind_of(report: "Report", answer: str) -> str:
+    """The question type that `answer` answers first, for ordering answers."""
+    train = pairs(report.source.splits["train"])
+    return train.loc[train["answer"] == answer, "question_type"].min()
+
+
+def build(report: "Report", role: str) -> VQAModel:
+    """The profile's model for its data, untrained."""
+    return Answers(report.profile.run(role).model_copy(update={"parent": None}), report.source, None).model
+
+
+class _Words(list):
+    """A tokenizer's length and nothing else: enough to size an embedding."""
+
+
+def build_meta(profile: Profile, role: str, vocabulary: int = BERT_VOCABULARY) -> VQAModel:
+    """The model of `role` in `profile` without memory for its weights, with easy-VQA's 13 answers: for counting."""
+    run = profile.run(role)
+    with torch.device("meta"):
+        config = without_public_weights(run.model)
+        return VQAModel(config, _Words([None] * vocabulary), [""] * 13, run.data.image_size)
+
+
+def parts(model: VQAModel) -> dict[str, int]:
+    """Parameters of each part."""
+    names = ("image_encoder", "text_encoder", "fusion", "answer_head")
+    return {name: parameter_count(getattr(model, name)) for name in names}
+
+
+def draw_model(axis: Axes, model: VQAModel, title: str) -> None:
+    """Boxes for the parts of `model`, each with its parameters and the shape it gives for one real-sized input."""
+    size = model.image_size
+    image = model.image_encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    ids = torch.ones(1, 12, dtype=torch.long)
+    text = model.text_encoder(ids, ids)
+    index = torch.zeros(1, dtype=torch.long)
+    joint = model.fusion(image, text, ids, index, index)
+    config, count = model.config, parts(model)
+
+    def box(x: float, y: float, words: str, shade: str) -> None:
+        axis.text(
+            x,
+            y,
+            words,
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.5", "facecolor": shade, "edgecolor": "black"},
+        )
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], words: str = "") -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "black"})
+        axis.text(
+            (start[0] + end[0]) / 2,
+            (start[1] + end[1]) / 2,
+            words,
+            fontsize=8,
+            ha="center",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+
+    left, right, middle = 0.25, 0.75, 0.5
+    box(left, 0.06, f"image (I, 3, {size}, {size})", "white")
+    box(right, 0.06, "question (U, T)", "white")
+    box(left, 0.36, f"{config.image_encoder.kind}\n{count['image_encoder']:,} parameters", "0.9")
+    box(right, 0.36, f"{config.text_encoder.kind}\n{count['text_encoder']:,} parameters", "0.9")
+    box(middle, 0.68, f"{config.fusion.kind.replace('_', ' ')} fusion\n{count['fusion']:,} parameters", "0.8")
+    box(middle, 0.93, f"answer head (N, {len(model.answers)})\n{count['answer_head']:,} parameters", "white")
+    arrow((left, 0.1), (left, 0.28))
+    arrow((right, 0.1), (right, 0.28))
+    arrow((left, 0.44), (middle - 0.06, 0.6), f"tokens (I, {image.tokens.shape[1]}, {image.tokens.shape[2]})")
+    arrow((right, 0.44), (middle + 0.06, 0.6), f"tokens (U, T, {text.tokens.shape[2]})")
+    arrow((middle, 0.76), (middle, 0.85), f"(N, {joint.shape[1]})")
+    axis.set(title=f"{title}: {parameter_count(model):,} parameters", xlim=(0, 1), ylim=(0, 1))
+    axis.set_axis_off()

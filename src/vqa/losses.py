@@ -1,0 +1,37 @@
+"""Training losses. Each is a sum over pairs divided by a count the caller names, so that shares of a
+batch on several ranks, or in several accumulation steps, add up to the loss of the whole."""
+
+import torch
+from torch.nn import functional
+
+from vqa.batches import UNKNOWN_ANSWER
+
+
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, global_count: int) -> torch.Tensor:
+    """Cross-entropy of `logits` (N, A) against `labels` (N,), over the `global_count` pairs of the step.
+
+    A pair whose answer is outside the vocabulary adds nothing to the sum.
+    """
+    summed = functional.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN_ANSWER, reduction="sum")
+    return summed / global_count
+
+
+def contrastive_loss(
+    images: torch.Tensor, captions: torch.Tensor, caption_number: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020, figure 3) that knows equal captions.
+
+    `images`, `captions` (N, E) are unit vectors, row n a true pair; `caption_number` (N,) is equal
+    where the captions are the same words. An image chooses among the distinct captions; a caption
+    among all images, each that it is true of being right (the mean over them, as SupCon's L_out,
+    https://arxiv.org/abs/2004.11362). With N distinct captions this is CLIP's loss.
+    """
+    same = caption_number[:, None] == caption_number[None, :]  # (N, N)
+    first = same.int().argmax(1)  # the first row that has the same caption
+    distinct = first == torch.arange(len(first), device=first.device)
+    logits = scale * images @ captions.T  # (N images, N captions)
+    choices = logits.masked_fill(~distinct, float("-inf"))
+    image_to_caption = functional.cross_entropy(choices, first)
+    log_share = logits.T.log_softmax(1)[first]  # row n: over images, for the caption of n
+    caption_to_image = -log_share.diagonal().mean()
+    return (image_to_caption + caption_to_image) / 2

@@ -1,0 +1,104 @@
+"""What is measured on answers, with intervals that know that one image's questions go together."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vqa.runs import Result
+
+Z = 1.959964  # normal quantile of a 95 % interval
+
+
+def cluster_interval(correct: np.ndarray, image: np.ndarray) -> tuple[float, float, float]:
+    """Share of `correct` (N,) and its 95 % interval, clustered by `image` (N,).
+
+    The variance is that of a ratio of cluster totals (Cochran, Sampling Techniques, 1977, eq. 2.39);
+    it gives an effective number of independent questions, with which Wilson's interval (1927) stays
+    inside [0, 1] and keeps a width when everything is right (as in Korn and Graubard 1998).
+    """
+    totals = pd.DataFrame({"right": correct, "image": image}).groupby("image")["right"].agg(["sum", "size"])
+    share, clusters = float(np.mean(correct)), len(totals)
+    residual = totals["sum"] - share * totals["size"]
+    variance = clusters / max(clusters - 1, 1) * float((residual**2).sum()) / len(correct) ** 2
+    effective = share * (1 - share) / variance if variance > 0 else clusters
+    centre = (share + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z / (1 + Z**2 / effective) * np.sqrt(share * (1 - share) / effective + Z**2 / (4 * effective**2))
+    return share, max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def paired_difference(first: pd.Series, second: pd.Series, image: pd.Series) -> tuple[float, float, float]:
+    """Mean of `first - second` over the same questions, and its 95 % interval clustered by `image`."""
+    difference = first.astype(float).to_numpy() - second.astype(float).to_numpy()
+    mean = float(difference.mean())
+    totals = pd.Series(difference - mean).groupby(image.to_numpy()).sum()
+    clusters = len(totals)
+    half = Z * np.sqrt(clusters / max(clusters - 1, 1) * float((totals**2).sum())) / len(difference)
+    return mean, mean - half, mean + half
+
+
+class BlindBaseline:
+    """Answers a question without its image: the commonest training answer to the same words.
+
+    A question never seen in training gets the commonest answer of all.
+    """
+
+    def __init__(self, train: pd.DataFrame):
+        self.overall = _commonest(train["answer"])
+        self.answer_to = train.groupby("question")["answer"].agg(_commonest).to_dict()
+
+    def __call__(self, questions: pd.Series) -> pd.Series:
+        return questions.map(self.answer_to).fillna(self.overall)
+
+
+def _commonest(answers: pd.Series) -> str:
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))  # ties: alphabetically
+
+
+def accuracy_results(predictions: pd.DataFrame, split: str) -> list[Result]:
+    """Accuracy overall, by question type, of the blind baseline, and the difference, all in percent.
+
+    `predictions` has image_id, question_type, correct, blind_correct: one row a question; a decoder's
+    also has answer and written.
+    """
+    image = predictions["image_id"].to_numpy()
+    rows = [_accuracy("accuracy", predictions["correct"].to_numpy(), image, split)]
+    for kind, group in predictions.groupby("question_type"):
+        rows.append(_accuracy(f"accuracy_{kind}", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
+    rows.append(_accuracy("accuracy_blind", predictions["blind_correct"].to_numpy(), image, split))
+    if "written" in predictions and predictions["written"].notna().all():  # by a decoder
+        freely = (predictions["written"] == predictions["answer"]).to_numpy()
+        rows.append(_accuracy("accuracy_written", freely, image, split))
+    above = paired_difference(predictions["correct"], predictions["blind_correct"], predictions["image_id"])
+    value, low, high = (100 * part for part in above)
+    return [*rows, Result("accuracy_minus_blind", value, "points", low, high, split)]
+
+
+def _accuracy(metric: str, correct: np.ndarray, image: np.ndarray, split: str) -> Result:
+    value, low, high = (100 * part for part in cluster_interval(correct, image))
+    return Result(metric, value, "%", low, high, split)
+
+
+def recall_results(images: torch.Tensor, captions: torch.Tensor, number: np.ndarray, split: str) -> list[Result]:
+    """Recall@1 and @5 over the whole gallery, in percent, both ways.
+
+    `images`, `captions` (N, E) are unit vectors, row n a true pair; `number` (N,) is equal where
+    captions are the same words. An image searches the distinct captions; a distinct caption searches
+    all images and is right if any of its own is among the first k.
+    """
+    _, first, place = np.unique(number, return_index=True, return_inverse=True)
+    similarity = images @ captions[first].T  # (N, distinct captions)
+    true = torch.from_numpy(place)[:, None] == torch.arange(len(first))
+    rows = []
+    for direction, scores, right in (
+        ("image_to_caption", similarity, true),
+        ("caption_to_image", similarity.T, true.T),
+    ):
+        for k in (1, 5):
+            best = scores.topk(min(k, scores.shape[1])).indices
+            found = right.gather(1, best).any(1).numpy()
+            value, low, high = (100 * part for part in cluster_interval(found, np.arange(len(found))))
+            rows.append(Result(f"recall_at_{k}_{direction}", value, "%", low, high, split))
+    return rows

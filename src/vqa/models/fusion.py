@@ -1,0 +1,168 @@
+"""How an image and a question become an answer: three fusions with one interface.
+
+A fusion takes the two towers' Features, encoded once, and the index maps that say which image and
+which question make up each of the N pairs; it gives one vector per pair, (N, width).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as attend
+
+from vqa.batches import Batch
+from vqa.config import FusionConfig
+from vqa.models.encoders import Features
+
+
+class ConcatFusion(nn.Module):
+    """Two-layer perceptron on [image summary; question summary].
+
+    The first layer's product with a concatenation is the sum of its products with the parts, so
+    each part is multiplied once per image and once per question, not once per pair.
+    """
+
+    def __init__(self, config: FusionConfig, image_width: int, text_width: int):
+        super().__init__()
+        self.image_norm, self.text_norm = nn.LayerNorm(image_width), nn.LayerNorm(text_width)
+        self.image_half = nn.Linear(image_width, config.width)
+        self.text_half = nn.Linear(text_width, config.width, bias=False)  # one bias is enough
+        self.rest = nn.Sequential(nn.GELU(), nn.Linear(config.width, config.width), nn.GELU())
+        self.width = config.width
+
+    def forward(
+        self,
+        image: Features,
+        text: Features,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        question_index: torch.Tensor,
+    ) -> torch.Tensor:
+        images = self.image_half(self.image_norm(image.pooled))  # (I, D)
+        questions = self.text_half(self.text_norm(text.pooled))  # (U, D)
+        return self.rest(images[image_index] + questions[question_index])  # (N, D)
+
+
+class CrossAttentionFusion(nn.Module):
+    """Layers in which a question's tokens attend to each other, then to the image's tokens.
+
+    The pairs of one image stand in one row of queries, so its keys and values are projected once
+    and read in place: nothing of the image is copied per pair. Pre-norm transformer layers as in
+    https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens.
+    """
+
+    def __init__(self, config: FusionConfig, image_width: int, text_width: int):
+        super().__init__()
+        self.image_in = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, config.width))
+        self.text_in = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, config.width))
+        self.layers = nn.ModuleList(CrossAttentionLayer(config.width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.width = config.width
+
+    def forward(
+        self,
+        image: Features,
+        text: Features,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        question_index: torch.Tensor,
+    ) -> torch.Tensor:
+        memory = self.image_in(image.tokens)  # (I, P, D)
+        tokens = self.text_in(text.tokens)[question_index]  # (N, T, D)
+        mask = attention_mask[question_index].bool()  # (N, T)
+        rows = PairRows.of(image_index, len(memory))
+        for layer in self.layers:
+            tokens = layer(tokens, mask, memory, rows)
+        weights = mask / mask.sum(1, keepdim=True)
+        return self.norm((weights[:, None, :] @ tokens).squeeze(1))  # (N, D)
+
+    @torch.no_grad()
+    def look(self, image: Features, text: Features, batch: Batch) -> torch.Tensor:
+        """Where the last layer looks: (N, heads, T, P), each token's weights over the image summing to one."""
+        memory, tokens = self.image_in(image.tokens), self.text_in(text.tokens)[batch.question_index]
+        mask = batch.attention_mask[batch.question_index].bool()
+        rows = PairRows.of(batch.image_index, len(memory))
+        for layer in self.layers[:-1]:
+            tokens = layer(tokens, mask, memory, rows)
+        last = self.layers[-1]
+        return last.attention(last.among_themselves(tokens, mask), memory, rows)
+
+
+class PairRows(NamedTuple):
+    """Where each pair stands when the pairs of one image make up one row, padded to the longest: Q pairs."""
+
+    image: torch.Tensor  # (N,)
+    place: torch.Tensor  # (N,) 0 … Q - 1
+    shape: tuple[int, int]  # (I, Q)
+
+    @classmethod
+    def of(cls, image_index: torch.Tensor, images: int) -> "PairRows":
+        counts = torch.bincount(image_index, minlength=images)
+        order = image_index.argsort(stable=True)
+        within = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image_index[order]]
+        place = torch.empty_like(within).scatter_(0, order, within)
+        return cls(image_index, place, (images, int(counts.max())))
+
+    def gather(self, pairs: torch.Tensor) -> torch.Tensor:
+        """(N, …) -> (I, Q, …), zeros where an image has fewer than Q pairs."""
+        return pairs.new_zeros(*self.shape, *pairs.shape[1:]).index_put((self.image, self.place), pairs)
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """(I, Q, …) -> (N, …)."""
+        return rows[self.image, self.place]
+
+
+class CrossAttentionLayer(nn.Module):
+    """Question to question, question to image, feed-forward; each on top of what came in."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.cross_q, self.cross_kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.feed_forward = feed_forward(width)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+        tokens = self.among_themselves(tokens, mask)
+        query = rows.gather(self.cross_q(self.cross_norm(tokens))).flatten(1, 2)  # (I, Q T, D)
+        key, value = self.cross_kv(memory).chunk(2, -1)  # (I, P, D), once per image
+        seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)
+        seen = rows.scatter(join_heads(seen).unflatten(1, (-1, tokens.shape[1])))  # (N, T, D)
+        tokens = tokens + self.cross_out(seen)
+        return tokens + self.feed_forward(tokens)
+
+    def among_themselves(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`tokens` (N, T, D) after each has attended to the others of its question."""
+        query, key, value = (split_heads(x, self.heads) for x in self.self_qkv(self.self_norm(tokens)).chunk(3, -1))
+        within = attend(query, key, value, attn_mask=mask[:, None, None, :])  # (N, heads, T, D / heads)
+        return tokens + self.self_out(join_heads(within))
+
+    def attention(self, tokens: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+        """Where each question token looks, (N, heads, T, P), rows summing to one: for looking at, not training.
+
+        `tokens` (N, T, D) is what the cross-attention of this layer is given.
+        """
+        query = split_heads(self.cross_q(self.cross_norm(tokens)), self.heads)
+        key = split_heads(self.cross_kv(memory).chunk(2, -1)[0], self.heads)[rows.image]
+        return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+
+
+def feed_forward(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, L, D) -> (B, heads, L, D / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: torch.Tensor) -> torch.Tensor:
+    """(B, heads, L, D / heads) -> (B, L, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def fusion(config: FusionConfig, image_width: int, text_width: int) -> nn.Module:
+    kinds = {"concat": ConcatFusion, "cross_attention": CrossAttentionFusion}
+    return kinds[config.kind](config, image_width, text_width)

@@ -1,0 +1,123 @@
+"""What a run learns: what a step's loss is, how it is judged, what it leaves behind.
+
+    Answers    the answer to each question, cross-entropy (the VQA model)
+    Alignment  which caption belongs to which image, InfoNCE (the two towers)
+
+An objective's loss is scaled so that the mean of gradients over ranks, which DDP takes, is the
+gradient of the loss of the whole step.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.distributed as dist
+import transformers
+from torch.distributed.nn.functional import all_gather
+
+from vqa import sources
+from vqa.batches import Batch, Split, train_tokenizer
+from vqa.config import RunConfig
+from vqa.distributed import Rank, from_main
+from vqa.evaluate import records
+from vqa.losses import contrastive_loss
+from vqa.metrics import BlindBaseline, accuracy_results, recall_results
+from vqa.models import vqa_model
+from vqa.models.encoders import pretrained_folder
+from vqa.models.vqa_model import AlignmentModel, TwoTowers
+from vqa.runs import Result, Run
+
+
+class Answers:
+    """Answer questions. Judged by validation accuracy; the test split is met once, in `finish`."""
+
+    def __init__(self, config: RunConfig, source: sources.Source, rank: Rank):
+        self.rank = rank
+        self.model = vqa_model(config.model, tokenizer_for(config, source), source.answers, config.data.image_size)
+        if config.parent:
+            self.model.take_towers(Run(config.parent).folder / "model")
+        self.splits = {name: split_for(self.model, table) for name, table in source.splits.items()}
+        self.train_split = self.splits["train"]
+        self.blind = BlindBaseline(sources.pairs(source.splits["train"]))
+
+    def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
+        """The share of `batch` in the loss of the step that `images` make up over all ranks."""
+        pairs = len(self.train_split.pairs_of(images))
+        loss = self.model.loss(network, batch, pairs)
+        return loss * self.rank.world_size  # DDP will divide: the sum over ranks is meant
+
+    def judge(self) -> float:
+        """Validation accuracy, 0 to 1, on every rank."""
+        frame = records(self.model, self.splits["validation"], self.blind, "validation", self.rank)
+        return from_main(float(frame["correct"].mean()) if self.rank.is_main else None)
+
+    def finish(self, run: Run) -> list[Result]:
+        """Write predictions.parquet; give the accuracies. Every rank must call this."""
+        names = ("validation", "test")
+        frames = [records(self.model, self.splits[name], self.blind, name, self.rank) for name in names]
+        if not self.rank.is_main:
+            return []
+        with run.replacing("predictions.parquet") as path:
+            pd.concat(frames, ignore_index=True).to_parquet(path)
+        return [row for name, frame in zip(names, frames, strict=True) for row in accuracy_results(frame, name)]
+
+
+class Alignment:
+    """Bring images and their captions together, before any question is asked."""
+
+    def __init__(self, config: RunConfig, source: sources.Source, rank: Rank):
+        self.rank = rank
+        self.model = AlignmentModel(config.model, tokenizer_for(config, source), [], config.data.image_size)
+        tables = {name: sources.captions(source.splits[name]) for name in ("train", "validation")}
+        self.splits = {name: split_for(self.model, table) for name, table in tables.items()}
+        self.train_split = self.splits["train"]
+
+    def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
+        """The loss of the whole step, on every rank: every rank's pairs are everyone's negatives."""
+        image, caption, scale = network(**batch.inputs())
+        number = batch.question_number[batch.question_index]
+        if self.rank.world_size > 1:
+            image, caption = torch.cat(all_gather(image)), torch.cat(all_gather(caption))
+            numbers = [torch.empty_like(number) for _ in range(self.rank.world_size)]
+            dist.all_gather(numbers, number)
+            number = torch.cat(numbers)
+        return contrastive_loss(image.float(), caption.float(), number, scale.float())
+
+    def judge(self) -> float:
+        """Recall@1 over the whole validation gallery, the mean of both directions, 0 to 1."""
+        rows = [row for row in self._recalls() if row.metric.startswith("recall_at_1")]
+        return sum(row.value for row in rows) / len(rows) / 100
+
+    def finish(self, run: Run) -> list[Result]:
+        return self._recalls()
+
+    @torch.inference_mode()
+    def _recalls(self) -> list[Result]:
+        """Every rank computes the same: a gallery is small beside a training epoch."""
+        split = self.splits["validation"]
+        self.model.eval()
+        parts = [
+            [part.cpu() for part in self.model(**split.batch(images).to(self.rank.device).inputs())[:2]]
+            for images in np.array_split(np.arange(len(split)), max(len(split) // 64, 1))
+        ]
+        images, captions = (torch.cat(column) for column in zip(*parts, strict=True))
+        return recall_results(images, captions, split.question_of, "validation")
+
+
+OBJECTIVES = {"answers": Answers, "alignment": Alignment}
+
+
+def split_for(model: TwoTowers, table) -> Split:
+    """`table` as `model` reads it."""
+    return Split(table, model.tokenizer, model.answers, model.config.max_question_tokens, model.image_size)
+
+
+def tokenizer_for(config: RunConfig, source: sources.Source) -> transformers.PreTrainedTokenizerBase:
+    """The text tower's public tokenizer, or one trained on the training questions, captions and answers."""
+    text = config.model.text_encoder
+    if text.pretrained:
+        return transformers.AutoTokenizer.from_pretrained(pretrained_folder(text.pretrained, text.revision))
+    train = source.splits["train"]
+    captions = {caption for row in train["caption"] for caption in row}
+    return train_tokenizer(sorted(set(sources.pairs(train)["question"]) | captions | set(source.answers)))

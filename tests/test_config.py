@@ -1,0 +1,209 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from vqa import config
+from vqa.config import ConfigError, Profile, RunConfig, digest, load_profile, load_section, parse_overrides, save_yaml
+
+PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
+
+
+def refusal(call, *arguments, **named) -> str:
+    """The ConfigError that `call` must raise, which must be one sentence."""
+    with pytest.raises(ConfigError) as caught:
+        call(*arguments, **named)
+    sentence = str(caught.value)
+    assert "\n" not in sentence and "pydantic" not in sentence and len(sentence) < 250
+    return sentence
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch):
+    """An empty params/; gives a function that writes a profile into it."""
+    monkeypatch.setattr(config, "PARAMS", tmp_path)
+    return lambda name, text: (tmp_path / f"{name}.yaml").write_text(text)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_loads(name):
+    profile = load_profile(name)
+    assert profile.name == name
+    assert all(profile.run(role).role == role for role in profile.models)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("sead", "seeds"),
+        ("data.image_sise", "image_size"),
+        ("models.teecher", "teacher"),
+        ("models.teacher.fusoin", "fusion"),
+        ("models.teacher.image_encoder.widht", "width"),
+        ("train.student.epoch", "epochs"),
+        ("alignment.teacher.golbal_batch_size", "global_batch_size"),
+        ("launch.world_sizes", "world_size"),
+    ],
+)
+def test_unknown_key_names_the_nearest_right_one(wrong, right):
+    assert refusal(load_profile, "default", {wrong: 1}).endswith(f"unknown key {wrong}; did you mean {right}?")
+
+
+def test_unknown_key_of_a_run_names_the_nearest_right_one(tiny_profile):
+    assert "unknown key train.epochz; did you mean epochs?" in refusal(tiny_profile.run, "teacher", train__epochz=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.teacher.epochs", "ten"),
+        ("train.teacher.epochs", 2.5),
+        ("train.teacher.epochs", True),
+        ("train.teacher.epochs", 0),
+        ("train.teacher.lr", "fast"),
+        ("train.teacher.lr", float("nan")),
+        ("train.teacher.warmup_fraction", 1.5),
+        ("data.flips", "no"),
+        ("models.teacher.image_encoder.kind", "vgg"),
+        ("seeds", []),
+        ("launch", 3),
+    ],
+)
+def test_wrong_value_is_refused_by_place_and_value(key, value):
+    sentence = refusal(load_profile, "default", {key: value})
+    assert f"{key} is {value!r}: " in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.image_size": 60}, "image_size 60 is not a multiple of patch_size"),
+        (
+            {"models.teacher.image_encoder.heads": 7},
+            r"models.teacher.image_encoder: width \d+ is not a multiple of heads 7",
+        ),
+        (
+            {"models.teacher.text_encoder.heads": 7},
+            r"models.teacher.text_encoder: width \d+ is not a multiple of heads 7",
+        ),
+        ({"models.teacher.fusion.heads": 7}, r"models.teacher.fusion: width \d+ is not a multiple of heads 7"),
+        ({"models.teacher.image_encoder.patch_size": 32}, "a conv stem needs patch_size 4, 8 or 16, not 32"),
+        ({"models.student.image_encoder.width": 100}, "width 100 is not a multiple of 8"),
+        ({"train.teacher.global_batch_size": 30, "launch.world_size": 4}, "30 does not divide evenly by .* = 4"),
+        (
+            {"train.teacher.global_batch_size": 30, "train.teacher.gradient_accumulation_steps": 4},
+            "30 does not divide evenly by .* = 4",
+        ),
+        ({"alignment.teacher.gradient_accumulation_steps": 2}, "cannot accumulate gradients"),
+    ],
+)
+def test_impossible_combination_is_refused_when_the_profile_loads(changes, said):
+    assert re.search(said, refusal(load_profile, "default", changes))
+
+
+def test_missing_key_is_named(params):
+    params("bare", "seeds: [0]")
+    assert refusal(load_profile, "bare") == "profile bare: the key data is missing"
+
+
+def test_wrong_profile_or_role_names_the_nearest(tiny_profile):
+    assert refusal(load_profile, "defualt") == "no profile 'defualt' in params/: did you mean default?"
+    assert refusal(tiny_profile.run, "teachr") == "no model 'teachr' in profile default: did you mean teacher?"
+
+
+def test_a_model_without_training_settings_is_refused():
+    trainings = {"teacher": load_profile("default").train["teacher"].model_dump()}
+    assert "student" in refusal(load_profile, "default", {"train": trainings})
+
+
+def test_yaml_is_1_2_in_a_file_as_on_the_command_line(params):
+    params("plain", "lr: 3e-4\nword: no\nflag: true\n")
+    assert config._yaml(config.PARAMS / "plain.yaml") == {"lr": 0.0003, "word": "no", "flag": True}
+    assert parse_overrides(["a.lr=3e-4", "a.word=no", "a.list=[1, 2]", "a.none="]) == {
+        "a.lr": 0.0003,
+        "a.word": "no",
+        "a.list": [1, 2],
+        "a.none": None,
+    }
+
+
+@pytest.mark.parametrize("pair", ["train.teacher.lr", "seeds=[1", "seeds=a: b: c"])
+def test_malformed_override_is_refused(pair):
+    refusal(parse_overrides, [pair])
+
+
+def test_override_cannot_go_below_a_value():
+    assert "seeds holds a value" in refusal(load_profile, "default", {"seeds.first": 1})
+
+
+def test_base_gives_what_a_profile_leaves_out(params):
+    whole = (config.ROOT / "params" / "default.yaml").read_text()
+    params("ground", whole)
+    params("middle", "base: ground\nseeds: [7]\ntrain: {teacher: {epochs: 3}}")
+    params("top", "base: middle\ntrain: {teacher: {lr: 0.5}}")
+    ground, top = load_profile("ground"), load_profile("top")
+    expected = ground.model_dump()
+    expected["train"]["teacher"] |= {"epochs": 3, "lr": 0.5}
+    assert top.model_dump() == expected | {"name": "top", "seeds": [7]}
+
+
+def test_a_cycle_of_bases_is_refused(params):
+    params("a", "base: b")
+    params("b", "base: a")
+    assert refusal(load_profile, "a") == "profile a is its own base, through a -> b"
+
+
+@pytest.mark.parametrize("text", ["seeds: [0", "a: b: c", "", "- 1", "a: 1\na: 2"])
+def test_a_file_that_is_no_mapping_is_refused_by_name(params, text):
+    params("odd", text)
+    assert "odd.yaml" in refusal(load_profile, "odd")
+
+
+def test_the_command_line_prints_the_resolved_profile_or_one_sentence():
+    def command(*arguments):
+        return subprocess.run([sys.executable, "-m", "vqa.config", *arguments], capture_output=True, text=True)
+
+    wrong = command("defualt")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "error: no profile 'defualt' in params/: did you mean default?\n"
+    right = command("default", "--set", "train.teacher.lr=3e-4")
+    assert right.returncode == 0
+    printed = config.YAML(typ="safe", pure=True).load(right.stdout)
+    assert Profile.model_validate(printed) == load_profile("default", {"train.teacher.lr": 3e-4})
+
+
+def variants(section: config.Section):
+    """Every section that differs from `section` in one value, at any depth."""
+    for name, value in section:
+        if isinstance(value, config.Section):
+            yield from (section.model_copy(update={name: variant}) for variant in variants(value))
+        else:
+            other = {str: f"{value}x", bool: not value, type(None): "x"}.get(type(value), 7.25)
+            yield section.model_copy(update={name: other})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # some of the other values are not allowed ones
+def test_digest_changes_with_every_value_the_parents_included(tiny):
+    child = tiny.model_copy(update={"parent": tiny})
+    digests = [digest(child), *(digest(variant) for variant in variants(child))]
+    assert len(digests) > 60 and len(set(digests)) == len(digests)
+
+
+def test_digest_survives_the_disk(tiny, tmp_path):
+    child = tiny.model_copy(update={"parent": tiny})
+    save_yaml(child, tmp_path / "kept.yaml")
+    assert digest(load_section(RunConfig, tmp_path / "kept.yaml")) == digest(child)
+
+
+def test_digest_is_the_same_however_the_values_were_given():
+    one = load_profile("default", {"train.teacher.lr": 1, "train.teacher.epochs": 5})
+    other = load_profile("default", parse_overrides(["train.teacher.epochs=5", "train.teacher.lr=1.0"]))
+    assert digest(one) == digest(other)
+
+
+def test_alignment_is_the_parent_whatever_the_fusion():
+    profile = load_profile("default", {"alignment.teacher": {"epochs": 1}})
+    concat, cross = (profile.run("teacher", model__fusion__kind=kind) for kind in ("concat", "cross_attention"))
+    assert concat.parent == cross.parent and digest(concat) != digest(cross)
+    assert concat.parent.objective == "alignment" and concat.parent.train.epochs == 1

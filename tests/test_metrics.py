@@ -1,0 +1,130 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from vqa.metrics import accuracy_results, cluster_interval, paired_difference, recall_results
+
+Z = 1.959964
+
+
+def correlated(seed: int, images: int = 300, p: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+    """(correct, image): 5 to 14 questions an image, which are easy or hard together."""
+    generator = np.random.default_rng(seed)
+    image = np.repeat(np.arange(images), generator.integers(5, 15, images))
+    ease = generator.beta(2 * p, 2 * (1 - p), images)
+    return generator.random(len(image)) < ease[image], image
+
+
+def bootstrap(values: np.ndarray, image: np.ndarray, draws: int = 4000) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of the mean of `values` when whole images are drawn anew."""
+    totals = pd.DataFrame({"value": values, "image": image}).groupby("image")["value"].agg(["sum", "size"]).to_numpy()
+    drawn = totals[np.random.default_rng(0).integers(0, len(totals), (draws, len(totals)))].sum(1)
+    return tuple(np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
+def test_interval_is_that_of_a_cluster_bootstrap(p):
+    """Measured over 10 seeds: ends differ by at most 7 % of the width, most at p = 0.95."""
+    correct, image = correlated(1, p=p)
+    share, low, high = cluster_interval(correct, image)
+    assert share == correct.mean()
+    assert (low, high) == pytest.approx(bootstrap(correct, image), abs=0.12 * (high - low))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+def test_interval_holds_the_truth_in_95_of_100_samples(p):
+    """400 samples: three standard deviations are 3.3 points."""
+    intervals = [cluster_interval(*correlated(seed, images=60, p=p))[1:] for seed in range(400)]
+    assert np.mean([low <= p <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.033)
+
+
+def test_interval_of_unclustered_questions_is_wilsons():
+    """Wilson's ends solve (share - p)^2 = z^2 p (1 - p) / n; the sample variance takes one off n."""
+    correct = np.arange(50) < 40
+    n, share = 49, 0.8
+    ends = np.roots([1 + Z**2 / n, -2 * share - Z**2 / n, share**2])
+    assert cluster_interval(correct, np.arange(50)) == pytest.approx((share, ends.min(), ends.max()), abs=1e-12)
+
+
+def test_interval_is_wider_where_an_images_questions_go_together():
+    correct, image = correlated(2)
+    _, low, high = cluster_interval(correct, image)
+    _, alone_low, alone_high = cluster_interval(correct, np.arange(len(correct)))
+    assert high - low > 1.3 * (alone_high - alone_low)
+
+
+def test_interval_stays_inside_and_keeps_a_width_at_the_ends():
+    """All right in 20 images: Wilson's lower end for 20 of 20 is n / (n + z^2)."""
+    image = np.repeat(np.arange(20), 10)
+    right, wrong = (cluster_interval(np.full(200, value), image) for value in (True, False))
+    assert right == pytest.approx((1, 20 / (20 + Z**2), 1)) and wrong == pytest.approx((0, 0, 1 - right[1]))
+    for only in (0, 199):
+        share, low, high = cluster_interval(np.arange(200) != only, image)
+        assert 0 <= low < share < high <= 1
+    assert cluster_interval(np.array([True]), np.array([0]))[1] < 1
+
+
+def test_difference_is_that_of_a_cluster_bootstrap():
+    """Measured over 10 seeds: ends differ by at most 3 % of the width."""
+    first, image = correlated(3)
+    second = first & (np.random.default_rng(4).random(len(first)) < 0.9)
+    mean, low, high = paired_difference(pd.Series(first), pd.Series(second), pd.Series(image))
+    assert mean == pytest.approx(first.mean() - second.mean())
+    assert (low, high) == pytest.approx(bootstrap(first.astype(float) - second, image), abs=0.06 * (high - low))
+
+
+def test_difference_of_equals_is_zero():
+    correct, image = correlated(5)
+    assert paired_difference(pd.Series(correct), pd.Series(correct), pd.Series(image)) == (0, 0, 0)
+
+
+def test_accuracies_are_counted_per_question_type():
+    frame = pd.DataFrame(
+        {
+            "image_id": [1, 1, 2, 2, 3],
+            "question_type": ["color", "shape", "color", "shape", "color"],
+            "answer": ["red", "circle", "blue", "circle", "red"],
+            "written": [None] * 5,
+            "correct": [True, False, True, True, False],
+            "blind_correct": [False, False, True, False, False],
+        },
+        index=[7, 3, 9, 1, 0],
+    )
+    rows = accuracy_results(frame, "test")
+    assert {(row.metric, round(row.value, 6), row.unit, row.split) for row in rows} == {
+        ("accuracy", 60, "%", "test"),
+        ("accuracy_color", 66.666667, "%", "test"),
+        ("accuracy_shape", 50, "%", "test"),
+        ("accuracy_blind", 20, "%", "test"),
+        ("accuracy_minus_blind", 40, "points", "test"),
+    }
+    assert all(row.low <= row.value <= row.high for row in rows)
+
+    written = frame.assign(written=["red", "circle", "blue", "circle", "reddish"])
+    (row,) = [row for row in accuracy_results(written, "test") if row.metric == "accuracy_written"]
+    assert row.value == pytest.approx(80)
+
+
+def test_recall_is_a_loop_over_the_gallery():
+    generator = torch.Generator().manual_seed(0)
+    number = torch.randint(0, 12, (40,), generator=generator).numpy()
+    meaning = torch.randn(12, 8, generator=generator)
+    captions = torch.nn.functional.normalize(meaning, dim=1)[number]
+    images = torch.nn.functional.normalize(captions + 0.4 * torch.randn(40, 8, generator=generator), dim=1)
+
+    found = {(direction, k): [] for direction in ("image_to_caption", "caption_to_image") for k in (1, 5)}
+    for k in (1, 5):
+        for n in range(40):
+            scores = {int(c): float(images[n] @ captions[list(number).index(c)]) for c in set(number)}
+            found["image_to_caption", k].append(number[n] in sorted(scores, key=scores.get)[-k:])
+        for c in sorted(set(number)):
+            scores = [float(images[n] @ captions[list(number).index(c)]) for n in range(40)]
+            found["caption_to_image", k].append(any(number[n] == c for n in np.argsort(scores)[-k:]))
+
+    rows = recall_results(images, captions, number, "validation")
+    assert {row.metric: row.value for row in rows} == {
+        f"recall_at_{k}_{direction}": pytest.approx(100 * np.mean(hits)) for (direction, k), hits in found.items()
+    }
+    values = [row.value for row in rows]
+    assert min(values) < max(values) and 0 < min(values) < 100  # the case is neither trivial nor hopeless

@@ -1,0 +1,99 @@
+"""Reports: every number of results.csv traces to a record, and tables are generated, not typed."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from vqa import report
+from vqa.config import ROOT, load_profile
+from vqa.report import COLUMNS, MARKS, Record, Report, accuracy_table, record
+from vqa.runs import Result, Run
+
+METRICS = [
+    Result("accuracy", 91.25, "%", 90.0, 92.5, "test"),
+    Result("accuracy_blind", 67.0, "%", 66.0, 68.0, "test"),
+    Result("parameters", 1234567, "count"),
+    Result("training_seconds", 12.3, "s"),
+    Result("step_seconds", 0.5, "s", labels={"engine": "grouped"}),
+]
+
+
+@pytest.fixture
+def finished_run(monkeypatch, tmp_path) -> Run:
+    """A run folder whose figures are known, for what reads run folders."""
+    run = Run(load_profile("default").run("teacher"))
+    run.folder = tmp_path / run.folder.name
+    with run.writing():
+        run.log_metrics(step=1, loss=1.0)
+        run.finish(METRICS)
+    return run
+
+
+@pytest.fixture
+def one_report(finished_run, tmp_path) -> Report:
+    record(finished_run, tmp_path / "report" / "records" / "02_prototype")
+    return Report(tmp_path / "report", load_profile("default"))
+
+
+def test_results_hold_every_figure_of_every_record_and_nothing_else(one_report, finished_run):
+    one_report.write_results()
+    table = pd.read_csv(one_report.folder / "results.csv")
+    assert list(table.columns) == COLUMNS
+    assert table["value"].tolist() == [result.value for result in METRICS]
+    assert set(table["run"]) == {finished_run.folder.name}
+    assert table.iloc[0][["model", "fusion", "dataset", "seed"]].tolist() == ["teacher", "concat", "easy_vqa", 0]
+    assert table.iloc[4]["engine"] == "grouped" and table.iloc[0]["engine"] == "eager"
+
+
+def test_a_run_kept_by_two_notebooks_counts_once(one_report, finished_run):
+    record(finished_run, one_report.folder / "records" / "03_fusion")
+    assert len(one_report.records()) == 1
+
+
+def test_an_unfinished_run_is_no_record(one_report, finished_run):
+    (one_report.records()[0].folder / "results.json").unlink()
+    assert one_report.records() == []
+
+
+def test_the_table_shows_accuracy_with_interval_beside_blind(one_report):
+    (row,) = accuracy_table(one_report.results()).to_dict("records")
+    assert row["test accuracy, % [95 % interval]"] == "91.25 [90.00, 92.50]"
+    assert row["image-blind, %"] == "67.00" and row["parameters"] == "1,234,567"
+
+
+def test_the_readme_table_is_replaced_and_the_rest_untouched(monkeypatch, one_report, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKS[0]}\nold numbers\n{MARKS[1]}\nafter\n")
+    one_report.write_results()
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    report.write_readme()
+    text = readme.read_text()
+    assert text.startswith(f"before\n{MARKS[0]}\n") and text.endswith(f"{MARKS[1]}\nafter\n")
+    assert "91.25 [90.00, 92.50]" in text and "old numbers" not in text
+
+
+def committed_results() -> list:
+    return sorted((ROOT / "reports").glob("*/results.csv"))
+
+
+@pytest.mark.parametrize("path", committed_results(), ids=lambda path: path.parent.name)
+def test_every_committed_number_stands_in_a_committed_record(path):
+    table = pd.read_csv(path)
+    for name, rows in table.groupby("run"):
+        folders = list(path.parent.glob(f"records/*/{name}"))
+        assert folders, name
+        kept = json.loads((folders[0] / "results.json").read_text())
+        assert rows["value"].tolist() == pytest.approx([row["value"] for row in kept], rel=1e-5)
+        assert Record(folders[0]).config and (folders[0] / "env.json").is_file()
+
+
+def test_the_readme_shows_the_committed_results(monkeypatch, tmp_path):
+    """`make figures` would not change it."""
+    copy = tmp_path / "README.md"
+    copy.write_text(report.README.read_text())
+    monkeypatch.setattr(report, "REPORTS", ROOT / "reports")
+    monkeypatch.setattr(report, "README", copy)
+    report.write_readme()
+    assert copy.read_text() == (ROOT / "README.md").read_text()
