@@ -141,7 +141,7 @@ def test_runs_headless_on_smoke(path, study_folder):
 def test_the_smoke_report_is_complete(study_folder):
     report = study_folder / "reports" / "smoke"
     results = pd.read_csv(report / "results.csv", keep_default_na=False)
-    assert {"teacher", "student"} == set(results["model"])
+    assert {"teacher", "student"} <= set(results["model"])
     assert {"accuracy", "accuracy_blind", "grouped_over_pairwise_ratio", "peak_memory_bytes"} <= set(results["metric"])
     for run in results["run"].unique():
         assert list(report.glob(f"records/*/{run}/config.yaml"))

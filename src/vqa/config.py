@@ -173,6 +173,12 @@ class Profile(Section):
     benchmark_steps: Positive  # timed steps an arm
     fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if untrained := sorted(set(self.models) - set(self.train)):
+            raise ValueError(f"models.{untrained[0]} has no settings under train")
+        return self
+
     def run(self, role: str, seed: int | None = None, aligned: bool = True, **changes: Any) -> RunConfig:
         """The run of `role` under this profile; with `aligned` off, its towers start untrained.
 
@@ -243,7 +249,10 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         key, sign, value = pair.partition("=")
         if not sign:
             raise ConfigError(f"an override is written KEY=VALUE, not {pair!r}")
-        overrides[key] = YAML(typ="safe", pure=True).load(value)
+        try:
+            overrides[key] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError:
+            raise ConfigError(f"the value of override {pair!r} is not YAML") from None
     return overrides
 
 
@@ -262,6 +271,8 @@ def _read(name: str, seen: tuple[str, ...] = ()) -> dict:
 def _yaml(path: Path) -> dict:
     try:
         raw = YAML(typ="safe", pure=True).load(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -40,7 +40,15 @@ def check_devices(launch: LaunchConfig) -> None:
 
 @contextmanager
 def process_group(launch: LaunchConfig) -> Iterator[Rank]:
-    """Join the job that torchrun describes in the environment; leave it when the block ends."""
+    """Join the job that torchrun describes in the environment; leave it when the block ends.
+
+    Raises ConfigError if torchrun did not start this process, or not with `launch.world_size` ranks.
+    """
+    started = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" not in os.environ:
+        raise ConfigError(f"start with torchrun: torchrun --standalone --nproc-per-node {launch.world_size} -m …")
+    if int(started) != launch.world_size:
+        raise ConfigError(f"torchrun started {started} ranks but launch.world_size is {launch.world_size}")
     die_with_parent()
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(launch.threads_per_rank)

@@ -77,6 +77,8 @@ def main() -> None:
     try:
         run = Run.open(arguments.run)
         run.results()  # refuses an unfinished run
+        if run.config.objective == "alignment":
+            raise RunError(f"{run.folder.name} aligned two towers; it answers no questions")
         source = sources.load(run.config.data)
     except (RunError, ConfigError, sources.SourceError) as error:
         sys.exit(f"error: {error}")

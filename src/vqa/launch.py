@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vqa.config import ROOT, ConfigError, Section, load_profile, save_yaml
 from vqa.distributed import AGENT, check_devices, die_with_parent
@@ -113,7 +114,8 @@ class Job:
 
         Ranks live in sessions of their own, but each asks Linux to die with torchrun.
         """
-        os.killpg(self.process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # already ended
+            os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

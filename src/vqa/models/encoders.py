@@ -214,6 +214,14 @@ def pretrained_folder(name: str, revision: str | None) -> str:
         ) from None
 
 
+def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's ResNet18 weights `name`, fetched if need be. Raises ConfigError if they cannot be."""
+    try:
+        return torchvision.models.ResNet18_Weights[name].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"torchvision's {name} is not here and cannot be fetched: {error}") from None
+
+
 def _checkpoint_layers(model: transformers.PreTrainedModel) -> None:
     """Turn on gradient checkpointing, which transformers renamed in 5.2x."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -229,12 +237,16 @@ def _build(kind: type, shape: transformers.PretrainedConfig, config, **arguments
         return kind(shape, **arguments)
     if config.kind == "resnet18" and hasattr(torchvision.models.ResNet18_Weights, config.pretrained):
         model = kind(shape, **arguments)
-        weights = torchvision.models.ResNet18_Weights[config.pretrained]
-        model.load_state_dict(from_torchvision(weights.get_state_dict(progress=False, check_hash=True)))
+        state = from_torchvision(_torchvision_state(config.pretrained))
+        if any(state[name].shape != value.shape for name, value in model.state_dict().items()):
+            raise ConfigError(f"{config.pretrained} is of width 512 and does not fit width {config.width}")
+        model.load_state_dict(state)
         return model
     folder = pretrained_folder(config.pretrained, config.revision)
     try:
-        model, report = kind.from_pretrained(folder, config=shape, output_loading_info=True, **arguments)
+        model, report = kind.from_pretrained(
+            folder, config=shape, dtype=torch.float32, output_loading_info=True, **arguments
+        )
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"cannot load {config.pretrained}: {str(error).splitlines()[0]}") from None
     if report["missing_keys"]:

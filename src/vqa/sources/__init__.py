@@ -101,13 +101,13 @@ def load(config: DataConfig) -> Source:
     held, kept = np.split(shuffled, [config.validation_images])
     if config.train_images is not None:
         kept = kept[: config.train_images]
-    if len(kept) < (config.train_images or 1):
+    if len(kept) < (config.train_images or 1) or len(test) < (config.test_images or 1):
         raise ConfigError(
-            f"{config.source} has {len(train)} training images: too few for "
-            f"data.validation_images {config.validation_images} and data.train_images {config.train_images}"
+            f"{config.source} has {len(train)} training and {len(test)} test images: too few for data.validation_images "
+            f"{config.validation_images}, data.train_images {config.train_images}, data.test_images {config.test_images}"
         )
     if config.test_images is not None:
-        test = test.select(range(min(config.test_images, len(test))))
+        test = test.select(range(config.test_images))
     splits = {"train": train.select(np.sort(kept)), "validation": train.select(np.sort(held)), "test": test}
     return Source(config.source, module.LICENCE, fingerprint, splits)
 
