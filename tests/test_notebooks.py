@@ -121,8 +121,10 @@ def execute(notebook: Path, folder: Path) -> float:
     """Run `notebook` under profile smoke as `make study` does, in a folder of its own; seconds taken."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "papermill", str(notebook), str(folder / notebook.name), "--cwd", str(notebook.parent)]
-        + ["--no-progress-bar", "-p", "profile", "smoke"],
+        [
+            *(sys.executable, "-m", "papermill", str(notebook), str(folder / notebook.name)),
+            *("--cwd", str(notebook.parent), "--no-progress-bar", "-p", "profile", "smoke"),
+        ],
         env=os.environ | {"VQA_RUNS": str(folder / "runs"), "VQA_REPORTS": str(folder / "reports")},
         check=True,
         capture_output=True,

@@ -103,8 +103,9 @@ def load(config: DataConfig) -> Source:
         kept = kept[: config.train_images]
     if len(kept) < (config.train_images or 1) or len(test) < (config.test_images or 1):
         raise ConfigError(
-            f"{config.source} has {len(train)} training and {len(test)} test images: too few for data.validation_images "
-            f"{config.validation_images}, data.train_images {config.train_images}, data.test_images {config.test_images}"
+            f"{config.source} has {len(train)} training and {len(test)} test images: too few for "
+            f"data.validation_images {config.validation_images}, data.train_images {config.train_images}, "
+            f"data.test_images {config.test_images}"
         )
     if config.test_images is not None:
         test = test.select(range(config.test_images))
