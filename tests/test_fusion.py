@@ -168,10 +168,13 @@ def case() -> Layer:
 @torch.inference_mode()
 def test_a_layer_is_pytorchs_attention_within_the_question_then_to_its_image(case):
     """Default tolerance (1.3e-6 relative, 1e-5 absolute): both are a handful of float32 sums over 8 numbers."""
-    torch.testing.assert_close(case.layer.among_themselves(case.tokens, case.mask), case.among)
+    tokens, query = case.layer.ask(case.tokens, case.mask)
+    torch.testing.assert_close(tokens, case.among)
     both = case.among + case.across
     expected = both + case.layer.feed_forward(both)
-    torch.testing.assert_close(case.layer(case.tokens, case.mask, case.memory, case.rows), expected)
+    torch.testing.assert_close(case.layer(tokens, query, case.memory, case.rows), expected)
+    mean = torch.stack([row[mask].mean(0) for row, mask in zip(expected, case.mask, strict=True)])
+    torch.testing.assert_close(case.layer.summary(tokens, query, case.memory, case.rows, case.mask), mean)
 
 
 @torch.inference_mode()
@@ -179,8 +182,9 @@ def test_the_weights_that_are_shown_are_the_weights_that_are_used(case):
     """They sum to one, are PyTorch's, and with values and output projection give what the layer adds."""
     layer, added = case.layer, []
     layer.cross_out.register_forward_hook(lambda _, __, output: added.append(output))
-    layer(case.tokens, case.mask, case.memory, case.rows)
-    weights = layer.attention(case.among, case.memory, case.rows)  # (N, heads, T, P)
+    tokens, query = layer.ask(case.tokens, case.mask)
+    layer(tokens, query, case.memory, case.rows)
+    weights = layer.attention(query, case.memory, case.rows)  # (N, heads, T, P)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     torch.testing.assert_close(weights, case.weights)
     values = layer.cross_kv(case.memory)[IMAGE_INDEX, :, WIDTH:].unflatten(-1, (HEADS, -1))  # (N, P, heads, D / heads)
@@ -194,7 +198,7 @@ def test_look_shows_the_last_layer_in_the_midst_of_a_forward(tiny_profile, sourc
     batch, given = scattered(batch), []
     last = model.fusion.layers[-1]
     assert isinstance(model.fusion, CrossAttentionFusion) and last is not model.fusion.layers[0]
-    hook = last.cross_norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    hook = last.cross_q.register_forward_hook(lambda _, __, query: given.append(query))
     model(**batch.inputs())
     hook.remove()
     image, text = model.towers(batch)

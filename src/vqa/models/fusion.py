@@ -4,6 +4,7 @@ A fusion takes the two towers' Features, encoded once, and the index maps that s
 which question make up each of the N pairs; it gives one vector per pair, (N, width).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,9 @@ class CrossAttentionFusion(nn.Module):
     """Layers in which a question's tokens attend to each other, then to the image's tokens.
 
     The pairs of one image stand in one row of queries, so its keys and values are projected once
-    and read in place: nothing of the image is copied per pair. Pre-norm transformer layers as in
-    https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens.
+    and read in place: nothing of the image is copied per pair. Up to the first look at an image a
+    question is worked on once, however many images it is asked about. Pre-norm transformer layers
+    as in https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens.
     """
 
     def __init__(self, config: FusionConfig, image_width: int, text_width: int):
@@ -67,25 +69,35 @@ class CrossAttentionFusion(nn.Module):
         image_index: torch.Tensor,
         question_index: torch.Tensor,
     ) -> torch.Tensor:
-        memory = self.image_in(image.tokens)  # (I, P, D)
-        tokens = self.text_in(text.tokens)[question_index]  # (N, T, D)
+        tokens, query, memory, rows = self._up_to_last_look(image, text, attention_mask, image_index, question_index)
         mask = attention_mask[question_index].bool()  # (N, T)
-        rows = PairRows.of(image_index, len(memory))
-        for layer in self.layers:
-            tokens = layer(tokens, mask, memory, rows)
-        weights = mask / mask.sum(1, keepdim=True)
-        return self.norm((weights[:, None, :] @ tokens).squeeze(1))  # (N, D)
+        return self.norm(self.layers[-1].summary(tokens, query, memory, rows, mask))  # (N, D)
 
     @torch.no_grad()
     def look(self, image: Features, text: Features, batch: Batch) -> torch.Tensor:
         """Where the last layer looks: (N, heads, T, P), each token's weights over the image summing to one."""
-        memory, tokens = self.image_in(image.tokens), self.text_in(text.tokens)[batch.question_index]
-        mask = batch.attention_mask[batch.question_index].bool()
-        rows = PairRows.of(batch.image_index, len(memory))
-        for layer in self.layers[:-1]:
-            tokens = layer(tokens, mask, memory, rows)
-        last = self.layers[-1]
-        return last.attention(last.among_themselves(tokens, mask), memory, rows)
+        _, query, memory, rows = self._up_to_last_look(
+            image, text, batch.attention_mask, batch.image_index, batch.question_index
+        )
+        return self.layers[-1].attention(query, memory, rows)
+
+    def _up_to_last_look(
+        self,
+        image: Features,
+        text: Features,
+        attention_mask: torch.Tensor,
+        image_index: torch.Tensor,
+        question_index: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, "PairRows"]:
+        """What the last layer's look at the image is given: tokens and queries (N, T, D), memory (I, P, D), rows."""
+        memory = self.image_in(image.tokens)
+        rows = PairRows.of(image_index, len(memory))
+        asked = self.layers[0].ask(self.text_in(text.tokens), attention_mask.bool())  # (U, T, D) each
+        tokens, query = (each[question_index] for each in asked)
+        for layer, following in pairwise(self.layers):
+            tokens = layer(tokens, query, memory, rows)
+            tokens, query = following.ask(tokens, attention_mask[question_index].bool())
+        return tokens, query, memory, rows
 
 
 class PairRows(NamedTuple):
@@ -124,29 +136,41 @@ class CrossAttentionLayer(nn.Module):
         self.cross_out = nn.Linear(width, width)
         self.feed_forward = feed_forward(width)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
-        tokens = self.among_themselves(tokens, mask)
-        query = rows.gather(self.cross_q(self.cross_norm(tokens))).flatten(1, 2)  # (I, Q T, D)
-        key, value = self.cross_kv(memory).chunk(2, -1)  # (I, P, D), once per image
-        seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)
-        seen = rows.scatter(join_heads(seen).unflatten(1, (-1, tokens.shape[1])))  # (N, T, D)
-        tokens = tokens + self.cross_out(seen)
+    def ask(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`tokens` (B, T, D) after each has attended to the others of its question, and their queries to an image."""
+        query, key, value = (split_heads(x, self.heads) for x in self.self_qkv(self.self_norm(tokens)).chunk(3, -1))
+        within = attend(query, key, value, attn_mask=mask[:, None, None, :])  # (B, heads, T, D / heads)
+        tokens = tokens + self.self_out(join_heads(within))
+        return tokens, self.cross_q(self.cross_norm(tokens))
+
+    def forward(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+        """`tokens` (N, T, D) after their `query` has met their images' tokens (I, P, D), and the feed-forward."""
+        tokens = self._seeing(tokens, query, memory, rows)
         return tokens + self.feed_forward(tokens)
 
-    def among_themselves(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`tokens` (N, T, D) after each has attended to the others of its question."""
-        query, key, value = (split_heads(x, self.heads) for x in self.self_qkv(self.self_norm(tokens)).chunk(3, -1))
-        within = attend(query, key, value, attn_mask=mask[:, None, None, :])  # (N, heads, T, D / heads)
-        return tokens + self.self_out(join_heads(within))
+    def summary(
+        self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean (N, D) of `forward` over the tokens in `mask` (N, T).
 
-    def attention(self, tokens: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
-        """Where each question token looks, (N, heads, T, P), rows summing to one: for looking at, not training.
-
-        `tokens` (N, T, D) is what the cross-attention of this layer is given.
+        The feed-forward's last step is linear, so it is taken of the mean: once a pair, not once a token.
         """
-        query = split_heads(self.cross_q(self.cross_norm(tokens)), self.heads)
+        tokens = self._seeing(tokens, query, memory, rows)
+        weights = (mask / mask.sum(1, keepdim=True)).to(tokens.dtype)[:, None, :]  # (N, 1, T)
+        hidden = self.feed_forward[:-1](tokens)
+        return (weights @ tokens + self.feed_forward[-1](weights @ hidden)).squeeze(1)
+
+    def attention(self, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+        """Where each token of a question looks, (N, heads, T, P), rows summing to one: for looking at, not training."""
+        query = split_heads(query, self.heads)
         key = split_heads(self.cross_kv(memory).chunk(2, -1)[0], self.heads)[rows.image]
         return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+
+    def _seeing(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+        query = rows.gather(query).flatten(1, 2)  # (I, Q T, D)
+        key, value = self.cross_kv(memory).chunk(2, -1)  # (I, P, D), once per image
+        seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)
+        return tokens + self.cross_out(rows.scatter(join_heads(seen).unflatten(1, (-1, tokens.shape[1]))))
 
 
 def feed_forward(width: int) -> nn.Sequential:
