@@ -52,6 +52,15 @@ class BlindBaseline:
         return questions.map(self.answer_to).fillna(self.overall)
 
 
+def image_only_ceiling(pairs: pd.DataFrame) -> tuple[float, float, float]:
+    """An upper bound, with its interval, on the accuracy of any answer that does not depend on the question.
+
+    `pairs` has image_id and answer; each image gets the one answer that is right most often for it.
+    """
+    best = pairs.groupby("image_id")["answer"].transform(_commonest)
+    return cluster_interval((best == pairs["answer"]).to_numpy(), pairs["image_id"].to_numpy())
+
+
 def _commonest(answers: pd.Series) -> str:
     counts = Counter(answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))  # ties: alphabetically
@@ -61,12 +70,17 @@ def accuracy_results(predictions: pd.DataFrame, split: str) -> list[Result]:
     """Accuracy overall, by question type, of the blind baseline, and the difference, all in percent.
 
     `predictions` has image_id, question_type, correct, blind_correct: one row a question; a decoder's
-    also has answer and written.
+    also has answer and written. Types named relational_… are also taken together, as are the others.
     """
     image = predictions["image_id"].to_numpy()
     rows = [_accuracy("accuracy", predictions["correct"].to_numpy(), image, split)]
     for kind, group in predictions.groupby("question_type"):
         rows.append(_accuracy(f"accuracy_{kind}", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
+    relational = predictions["question_type"].str.startswith("relational_")
+    for name, chosen in (("relational", relational), ("non_relational", ~relational)):
+        if relational.any() and chosen.any():
+            group = predictions[chosen]
+            rows.append(_accuracy(f"{name}_accuracy", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
     rows.append(_accuracy("accuracy_blind", predictions["blind_correct"].to_numpy(), image, split))
     if "written" in predictions and predictions["written"].notna().all():  # by a decoder
         freely = (predictions["written"] == predictions["answer"]).to_numpy()
