@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from vqa.metrics import accuracy_results, cluster_interval, paired_difference, recall_results
+from vqa.metrics import accuracy_results, cluster_interval, image_only_ceiling, paired_difference, recall_results
 
 Z = 1.959964
 
@@ -128,3 +130,23 @@ def test_recall_is_a_loop_over_the_gallery():
     }
     values = [row.value for row in rows]
     assert min(values) < max(values) and 0 < min(values) < 100  # the case is neither trivial nor hopeless
+
+
+def test_no_answer_given_without_the_question_beats_the_image_only_ceiling():
+    """Against every way to give each of three images one answer, tried out."""
+    frame = pd.DataFrame({"image_id": [0, 0, 0, 1, 1, 2], "answer": ["yes", "no", "no", "red", "yes", "no"]})
+    tried = [
+        np.mean([chosen[image] == answer for image, answer in frame.itertuples(index=False)])
+        for chosen in itertools.product(["yes", "no", "red"], repeat=3)
+    ]
+    assert image_only_ceiling(frame)[0] == max(tried) == 4 / 6
+
+
+def test_relational_questions_are_also_taken_together():
+    kinds = ["relational_count", "relational_closest", "shape", "shape", "left_right"]
+    frame = pd.DataFrame({"image_id": range(5), "question_type": kinds, "correct": [1, 0, 1, 1, 0], "blind_correct": 0})
+    found = {row.metric: row.value for row in accuracy_results(frame, "test")}
+    assert found["relational_accuracy"] == pytest.approx(50)
+    assert found["non_relational_accuracy"] == pytest.approx(200 / 3)
+    plain = accuracy_results(frame[~frame["question_type"].str.startswith("relational")], "test")
+    assert not [row for row in plain if "relational" in row.metric]
