@@ -33,6 +33,7 @@ TINY = {
     "alignment": {},
     "launch": {"world_size": 1, "device": "cpu", "threads_per_rank": 1},
     "benchmark_steps": 5,
+    "distillation": {"temperature": 2.0, "alpha": 0.7, "feature_weight": 1.0},
 }
 
 
@@ -105,6 +106,33 @@ def trained(tiny_profile) -> dict:
     launch([runs["aligned"], runs["aligned_pair"]], at_once=2)
     launch([runs["alone"], runs["pair"]], at_once=2)
     return runs
+
+
+@pytest.fixture
+def keep_untrained(source, tokenizer, tmp_path, monkeypatch):
+    """Gives a function that makes a RunConfig a finished run with random weights, its folder in a place of its own."""
+    import torch
+
+    from vqa import runs
+    from vqa.models import vqa_model
+
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+
+    def keep(config: RunConfig, seed: int = 0, tokenizer=tokenizer, answers=source.answers) -> runs.Run:
+        torch.manual_seed(seed)
+        run = runs.Run(config)
+        with run.writing():
+            vqa_model(config.model, tokenizer, answers, config.data.image_size).save(run.folder / "model")
+            run.finish([])
+        return run
+
+    return keep
+
+
+@pytest.fixture
+def untrained_teacher(keep_untrained, tiny):
+    """The tiny profile's teacher as a finished run."""
+    return keep_untrained(tiny)
 
 
 @pytest.fixture(scope="session")

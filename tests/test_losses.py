@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from vqa.losses import answer_loss, contrastive_loss
+from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 
 
 def test_shares_of_any_size_add_up_to_the_loss_of_the_whole():
@@ -62,3 +63,44 @@ def test_an_image_of_an_equal_caption_is_no_negative(vectors):
     perfect = torch.eye(3, dtype=torch.float64)[number]
     loss = contrastive_loss(perfect, perfect, number, torch.tensor(100.0))
     assert loss.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
+
+
+@pytest.fixture
+def answers():
+    """Logits of a student and a teacher for five pairs and seven answers, double precision."""
+    generator = torch.Generator().manual_seed(1)
+    return [4 * torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    shares = np.exp(scores - scores.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_soft_target_loss_is_its_formula_in_numpy(answers, temperature):
+    ours, theirs = (softmax(scores.numpy() / temperature) for scores in answers)
+    expected = temperature**2 * (theirs * np.log(theirs / ours)).sum() / 11
+    assert soft_target_loss(*answers, temperature, 11).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_at_high_temperature_logits_are_matched(answers):
+    """Hinton et al. 2015, eq. 4: the gradient becomes (z - v) / A for logits that are centred."""
+    student, teacher = (scores - scores.mean(1, keepdim=True) for scores in answers)
+    student.requires_grad_()
+    soft_target_loss(student, teacher, 1000.0, 5).backward()
+    expected = (student - teacher).detach() / 7 / 5
+    assert torch.allclose(student.grad, expected, rtol=0.02, atol=2e-3 * expected.abs().max().item())
+
+
+def test_a_student_that_answers_as_its_teacher_has_nothing_to_learn(answers):
+    student = answers[0].clone().requires_grad_()
+    loss = soft_target_loss(student, answers[0], 2.0, 5)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6) and student.grad.abs().max() < 1e-6
+
+
+def test_feature_loss_counts_a_row_once_for_each_pair():
+    """By hand: mean squares 1 and 4, asked about twice and once, of five pairs in the step."""
+    features, teacher = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    assert feature_loss(features, teacher, torch.tensor([0, 1, 0]), 5).item() == pytest.approx((1 + 4 + 1) / 5)

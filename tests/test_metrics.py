@@ -5,7 +5,16 @@ import pandas as pd
 import pytest
 import torch
 
-from vqa.metrics import accuracy_results, cluster_interval, image_only_ceiling, paired_difference, recall_results
+from vqa.metrics import (
+    accuracy_results,
+    calibration_error,
+    cluster_interval,
+    image_only_ceiling,
+    linear_cka,
+    paired_difference,
+    recall_results,
+    swap_test,
+)
 
 Z = 1.959964
 
@@ -150,3 +159,62 @@ def test_relational_questions_are_also_taken_together():
     assert found["non_relational_accuracy"] == pytest.approx(200 / 3)
     plain = accuracy_results(frame[~frame["question_type"].str.startswith("relational")], "test")
     assert not [row for row in plain if "relational" in row.metric]
+
+
+def test_calibration_error_by_hand():
+    """Four answers in two ranges: three at 0.9 of which two are right, one at 0.4 that is right."""
+    error = calibration_error(np.array([0.9, 0.9, 0.9, 0.4]), np.array([True, True, False, True]), bins=2)
+    assert error == pytest.approx((abs(2 - 2.7) + abs(1 - 0.4)) / 4)
+
+
+def test_a_model_that_is_as_right_as_it_is_sure_is_calibrated():
+    generator = np.random.default_rng(0)
+    confidence = generator.random(200_000)
+    assert calibration_error(confidence, generator.random(200_000) < confidence) < 0.01
+
+
+@pytest.fixture
+def answered() -> pd.DataFrame:
+    """Ten questions about each of forty images: half yes, half no."""
+    generator = np.random.default_rng(1)
+    frame = pd.DataFrame({"image_id": np.repeat(np.arange(40), 10), "question": np.tile(np.arange(10), 40)})
+    return frame.assign(answer=generator.choice(["yes", "no"], 400))
+
+
+def test_who_is_always_right_changes_the_answer_when_it_must_and_only_then(answered):
+    swaps = swap_test(answered.assign(prediction=answered["answer"]), ["question"])
+    assert len(swaps) == 390  # of each question's forty images one has no other left
+    assert (swaps["changed"] == swaps["must_change"]).all() and 0.3 < swaps["must_change"].mean() < 0.7
+
+
+def test_who_does_not_look_never_changes_the_answer_with_the_image(answered):
+    blind = answered.assign(prediction=answered["question"] % 2)
+    assert not swap_test(blind, ["question"])["changed"].any()
+    assert swap_test(blind, ["image_id"])["changed"].any()  # but does with the question
+
+
+def test_swapped_answers_are_of_the_same_question_and_another_image(answered):
+    """A prediction that names question and image: the image always changes, the question never."""
+    named = answered.assign(prediction=answered["question"].astype(str) + "/" + answered["image_id"].astype(str))
+    assert swap_test(named, ["question"])["changed"].all()
+    assert not swap_test(named.assign(prediction=named["question"]), ["question"])["changed"].any()
+
+
+def test_cka_is_one_for_a_rotation_and_near_nothing_for_noise():
+    """https://arxiv.org/abs/1905.00414: invariant to rotation, scale and shift, not to any linear map."""
+    generator = torch.Generator().manual_seed(0)
+    first, other = (torch.randn(400, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    assert linear_cka(first, 3 * first @ rotation + 5) == pytest.approx(1, abs=1e-9)
+    assert linear_cka(first, other) < 0.05
+    assert linear_cka(first, first * torch.tensor([9.0, 1, 1, 1, 1, 1])) < 0.7
+
+
+def test_cka_is_its_definition_with_gram_matrices():
+    """Eq. 1 and 2 of the paper, on N x N matrices; the code works on D x E ones."""
+    x, y = (np.random.default_rng(seed).normal(size=(30, width)) for seed, width in ((0, 4), (1, 7)))
+    centre = np.eye(30) - 1 / 30
+    hsic = lambda k, m: np.trace(k @ centre @ m @ centre)  # noqa: E731
+    k, m = x @ x.T, y @ y.T
+    expected = hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
+    assert linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-10)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vqa.sources import pairs
 
+VIEWS = np.array([[False, False], [True, False], [False, True], [True, True]])  # all flips, by Batch.view
 UNKNOWN_ANSWER = -1  # label of an answer outside the vocabulary: never predicted, so always wrong
 
 
@@ -31,6 +32,9 @@ class Batch:
     question_index: torch.Tensor  # (N,) which question each pair asks
     question_number: torch.Tensor  # (U,) the number of each question among the split's distinct ones
     labels: torch.Tensor  # (N,)
+    image_number: torch.Tensor  # (I,) the number of each image in the split
+    view: torch.Tensor  # (I,) which of the VIEWS is shown: 1 for left-right + 2 for top-bottom mirrored
+    pair_number: torch.Tensor  # (N,) the number of each pair in the split
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,6 +59,9 @@ class Batch:
             each,
             self.question_number[self.question_index],
             self.labels,
+            self.image_number[self.image_index],
+            self.view[self.image_index],
+            self.pair_number,
         )
 
 
@@ -71,7 +78,7 @@ class Split:
     ):
         self.frame = pairs(table)  # one row a pair, in table order
         self.images = _Images(table)
-        self.image_size = image_size
+        self.tokenizer, self.answers, self.image_size = tokenizer, answers, image_size
         counts = self.frame.groupby("image_id", sort=False).size().to_numpy()
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # (M + 1,) of M images
         distinct, self.question_of = np.unique(self.frame["question"].to_numpy(str), return_inverse=True)
@@ -112,6 +119,9 @@ class Split:
             torch.from_numpy(question_index),
             torch.from_numpy(questions),
             torch.from_numpy(self.label_of[rows]),
+            torch.from_numpy(images),
+            torch.from_numpy(np.zeros(len(images), int) if flips is None else flips @ [1, 2]),
+            torch.from_numpy(rows),
         )
 
 

@@ -9,6 +9,8 @@
 `sharing`    the fusion alone: an image's keys and values projected once, against once per pair
 `costs`      several models side by side: operations, memory, training and answering speed
 `full_size`  memory of a step with the public full-size towers, which no accuracy is claimed of
+`caching`    a distillation step with cached targets, and with the teacher run beside it, against a plain step
+`understanding`  agreement, swaps, calibration, robustness and CKA of trained models; the first is the teacher
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
 """
 
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import Field
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,9 +33,10 @@ from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Secti
 from vqa.distributed import Rank, check_devices, process_group
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
-from vqa.objectives import Answers, split_for, tokenizer_for
+from vqa.objectives import OBJECTIVES, split_for, tokenizer_for
 from vqa.runs import Result, Run, RunError
 from vqa.train import Trainer, autocast, load_data
+from vqa.understanding import attention, understanding
 
 WARMUP_STEPS = 3
 FULL_SIZE_FUSIONS = {
@@ -46,7 +48,10 @@ FULL_SIZE_FUSIONS = {
 class BenchmarkConfig(Section):
     """What is measured (`kind`), on which training run, over how many steps an arm."""
 
-    kind: Literal["overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size", "attention"]
+    kind: Literal[
+        *("overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size"),
+        *("caching", "understanding", "attention"),
+    ]
     run: RunConfig
     others: list[RunConfig] = Field(default_factory=list)  # measured beside it
     steps: int
@@ -67,8 +72,8 @@ class Arm:
         torch.manual_seed(run.seed)
         self.name, self.rank, self.regroup = name, rank, regroup or (lambda batch: batch)
         untrained = run.model_copy(update={"parent": None})  # no step is faster for better weights
-        self.objective = Answers(untrained, source, rank)
-        self.objective.model.to(rank.device).train()
+        self.objective = OBJECTIVES[run.objective](untrained, source, rank)
+        self.objective.network.to(rank.device).train()
         self.trainer = Trainer(run, self.objective, rank)
         self.seconds: list[float] = []
 
@@ -197,7 +202,7 @@ def sharing(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list
 def costs(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[Result]:
     """Parameters, operations a question, memory, and questions a second in training and in answering."""
     runs = [config.run, *config.others]
-    arms = [Arm({"fusion": run.model.fusion.kind}, run, source, rank) for run in runs]
+    arms = [Arm({"fusion": run.model.fusion.kind, "model": run.kind}, run, source, rank) for run in runs]
     interleave(arms, config)
     images = np.arange(config.run.train.global_batch_size)
     pairs = len(arms[0].objective.train_split.pairs_of(images))
@@ -225,6 +230,29 @@ def costs(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[R
         median_result("questions_per_second", spent, "1/s", arm.name)
         for arm, spent in zip(arms, answering, strict=True)
     ]
+    return rows
+
+
+def caching(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[Result]:
+    """Seconds of a student's step: plain, distilled from cached targets, plain with its teacher's forward pass."""
+    (distilled,) = config.others
+    teacher = load_vqa_model(Run(distilled.teacher).folder / "model").to(rank.device)
+
+    @torch.inference_mode()
+    def ask_teacher(batch: Batch) -> Batch:
+        teacher.read(**batch.to(rank.device).inputs())
+        return batch
+
+    arms = [
+        Arm({"engine": "plain"}, config.run, source, rank),
+        Arm({"engine": "cached"}, distilled, source, rank),
+        Arm({"engine": "online"}, config.run, source, rank, regroup=ask_teacher),
+    ]
+    interleave(arms, config)
+    rows = [arm.result("step_seconds", arm.seconds, "s") for arm in arms]
+    for arm in arms[1:]:
+        ratios = [slow / fast for slow, fast in zip(arm.seconds, arms[0].seconds, strict=True)]
+        rows.append(median_result(f"{arm.name['engine']}_over_plain_step_ratio", ratios, "ratio", arm.name))
     return rows
 
 
@@ -262,36 +290,6 @@ def full_size(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> li
                 }
                 rows.append(Result("peak_memory_bytes", peak_memory(step, rank.device), "bytes", labels=labels))
     return rows
-
-
-def attention(config: BenchmarkConfig, source: sources.Source, rank: Rank, run: Run) -> list[Result]:
-    """Write attention.npz: mean attention over heads of the last layer for test questions, wrong ones first.
-
-    question_id (8,), maps (8, T, P), tokens (8, T); the result is the share of wrong answers shown.
-    """
-    trained = Run(config.run)
-    model = load_vqa_model(trained.folder / "model")
-    answered = trained.predictions().query("split == 'test'")
-    wrong = answered[~answered["correct"]].drop_duplicates("image_id").head(4)
-    right = answered[answered["correct"]].drop_duplicates("question_type").head(8 - len(wrong))
-    chosen = pd.concat([wrong, right]).drop_duplicates("question_id")
-    split = split_for(model, source.splits["test"])
-    numbers = {image: number for number, image in enumerate(source.splits["test"]["image_id"])}
-    maps, tokens = [], []
-    for item in chosen.itertuples():
-        batch = split.batch(np.array([numbers[item.image_id]]))
-        asked = split.frame.iloc[split.pairs_of(np.array([numbers[item.image_id]]))]["question_id"].tolist()
-        pair = asked.index(item.question_id)
-        seen = model.fusion.look(*model.towers(batch), batch)[pair].mean(0)  # (T, P)
-        ids = batch.input_ids[batch.question_index[pair]]
-        maps.append(seen.numpy())
-        tokens.append(model.tokenizer.convert_ids_to_tokens(ids.tolist()))
-    longest = max(len(row) for row in tokens)
-    padded = np.stack([np.pad(m, ((0, longest - len(m)), (0, 0))) for m in maps])
-    words = np.array([[*row, *[""] * (longest - len(row))] for row in tokens])
-    with run.replacing("attention.npz") as path, path.open("wb") as file:
-        np.savez_compressed(file, question_id=chosen["question_id"].to_numpy(), maps=padded, tokens=words)
-    return [Result("wrong_answers_shown", len(wrong), "count")]
 
 
 def peak_memory(work: Callable[[], None], device: torch.device) -> int:
@@ -345,8 +343,17 @@ def _ranged(name: str, call: Callable) -> Callable:
 
 
 MEASURES = {
-    measure.__name__: measure for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size)
+    measure.__name__: measure
+    for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size, caching)
 }
+
+
+def measure(config: BenchmarkConfig, source: sources.Source, rank: Rank, run: Run) -> list[Result]:
+    if config.kind == "attention":
+        return attention(Run(config.run), source, run)
+    if config.kind == "understanding":
+        return understanding([config.run, *config.others], source, rank.device)
+    return MEASURES[config.kind](config, source, rank)
 
 
 def main() -> None:
@@ -359,11 +366,7 @@ def main() -> None:
         run = Run(config, module="vqa.benchmark")
         with process_group(config.launch) as rank, run.writing():
             source = load_data(config.run, rank)
-            rows = (
-                attention(config, source, rank, run)
-                if config.kind == "attention"
-                else MEASURES[config.kind](config, source, rank)
-            )
+            rows = measure(config, source, rank, run)
             run.finish(rows)
             for row in rows:
                 print(f"{row.metric:28} {row.value:.4g} {row.unit}  {' '.join(row.labels.values())}", flush=True)

@@ -35,6 +35,7 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class DataConfig(Section):
@@ -44,6 +45,7 @@ class DataConfig(Section):
     split_seed: int = 0  # which images are held out; the same for every seed of a run
     train_images: Positive | None = None  # use only the first so many (shuffled); None: all
     test_images: Positive | None = None
+    question_fraction: Share = 1.0  # of each training image's questions, at least one an image
     flips: bool = True  # mirror images at random (left-right, top-bottom); answers stay true
 
 
@@ -118,6 +120,30 @@ class TrainConfig(Section):
     patience: Positive | None = None  # epochs without a better validation before stopping
 
 
+class DistillationConfig(Section):
+    """What a student learns from, after https://arxiv.org/abs/1503.02531: the teacher's answers and features."""
+
+    temperature: Annotated[float, Field(gt=0)] = 2.0  # of both models' answers where they are compared
+    alpha: Fraction = 0.7  # weight of the teacher's answers; the labels have the rest
+    feature_weight: Annotated[float, Field(ge=0)] = 1.0  # of both towers' summaries, through projections
+
+
+class DistillationStudyConfig(Section):
+    """What 05_distillation compares."""
+
+    seeds: list[int] = Field(min_length=1)  # of the headline pair
+    fractions: list[Share] = Field(min_length=1)  # of the training questions; the first is the headline
+    epochs: list[Positive]  # one a fraction
+    temperatures: list[float]
+    alphas: list[Fraction]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.epochs) != len(self.fractions):
+            raise ValueError(f"{len(self.fractions)} fractions need as many epochs, not {len(self.epochs)}")
+        return self
+
+
 class LaunchConfig(Section):
     world_size: Positive = 1
     device: Literal["cpu", "cuda"] = "cpu"
@@ -128,13 +154,15 @@ class RunConfig(Section):
     """All that decides what one training run computes. Its hash names the run folder."""
 
     role: str  # teacher | student
-    objective: Literal["answers", "alignment"]
+    objective: Literal["answers", "alignment", "distillation"]
     seed: int
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
     launch: LaunchConfig
     parent: Self | None = None  # the alignment run whose towers this one starts from
+    teacher: Self | None = None  # the run whose answers and features a student is given
+    distillation: DistillationConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -151,12 +179,32 @@ class RunConfig(Section):
             )
         if self.objective == "alignment" and self.train.gradient_accumulation_steps > 1:
             raise ValueError("alignment compares all pairs of a step, so it cannot accumulate gradients")
+        if self.objective == "distillation":
+            self._check_teacher()
         return self
+
+    def _check_teacher(self) -> None:
+        if self.teacher is None or self.distillation is None:
+            raise ValueError("distillation needs a teacher run and a distillation section")
+        if self.teacher.objective != "answers":
+            raise ValueError(f"a teacher is a run that learned answers, not {self.teacher.objective}")
+        for key in ("source", "image_size", "validation_images", "split_seed"):  # else it may know our held-out images
+            ours, theirs = getattr(self.data, key), getattr(self.teacher.data, key)
+            if ours != theirs:
+                raise ValueError(f"the teacher was trained with data.{key} {theirs}, the student with {ours}")
+        if "unified_decoder" in (self.model.fusion.kind, self.teacher.model.fusion.kind):
+            raise ValueError("distillation compares two towers' summaries, and a unified_decoder has one tower")
+
+    @property
+    def kind(self) -> str:
+        """What results call this model: teacher, student, or distilled."""
+        return "distilled" if self.objective == "distillation" else self.role
 
     @property
     def name(self) -> str:
-        middle = "-alignment" if self.objective == "alignment" else f"-{self.model.fusion.kind}"
-        return f"{self.role}{middle}-seed{self.seed}"
+        fusion = self.model.fusion.kind
+        middle = {"alignment": "alignment", "distillation": f"{fusion}-distilled", "answers": fusion}[self.objective]
+        return f"{self.role}-{middle}-seed{self.seed}"
 
 
 class Profile(Section):
@@ -168,6 +216,8 @@ class Profile(Section):
     models: dict[Literal["teacher", "student"], ModelConfig]
     train: dict[Literal["teacher", "student"], TrainConfig]
     alignment: dict[Literal["teacher", "student"], TrainConfig] = {}  # roles whose towers are aligned first
+    distillation: DistillationConfig = DistillationConfig()
+    distillation_study: DistillationStudyConfig
     launch: LaunchConfig
     at_once: Positive = 1  # runs side by side, where a notebook asks for several
     benchmark_steps: Positive  # timed steps an arm
@@ -179,10 +229,13 @@ class Profile(Section):
             raise ValueError(f"models.{untrained[0]} has no settings under train")
         return self
 
-    def run(self, role: str, seed: int | None = None, aligned: bool = True, **changes: Any) -> RunConfig:
+    def run(
+        self, role: str, seed: int | None = None, aligned: bool = True, distilled: bool = False, **changes: Any
+    ) -> RunConfig:
         """The run of `role` under this profile; with `aligned` off, its towers start untrained.
 
-        `changes` are dotted keys of RunConfig with `__` for the dot: `train__epochs=2`.
+        With `distilled` on, it learns from the profile's teacher of the first seed. `changes` are dotted
+        keys of RunConfig with `__` for the dot: `train__epochs=2`.
         Raises ConfigError for a wrong key, type or combination.
         """
         if role not in self.models:
@@ -196,6 +249,9 @@ class Profile(Section):
             "train": self.train[role].model_dump(),
             "launch": self.launch.model_dump(),
         }
+        if distilled:
+            raw |= {"objective": "distillation", "distillation": self.distillation.model_dump()}
+            raw["teacher"] = self.run("teacher").model_dump()
         for key, value in changes.items():
             _assign(raw, key.replace("__", "."), value)
         if aligned and role in self.alignment:
@@ -206,6 +262,8 @@ class Profile(Section):
         """The run that aligns the towers of run `raw`. It has no fusion, so all fusions can share it."""
         return raw | {
             "objective": "alignment",
+            "teacher": None,
+            "distillation": None,
             "train": self.alignment[role].model_dump(),
             "model": raw["model"] | {"fusion": FusionConfig().model_dump()},
         }

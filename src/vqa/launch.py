@@ -36,8 +36,8 @@ def launch(runs: Run | Sequence[Run], at_once: int = 1) -> list[Run]:
     runs = [runs] if isinstance(runs, Run) else list(runs)
     for run in runs:
         check_devices(run.config.launch)
-    if parents := {run.parent.folder: run.parent for run in runs if run.parent and not run.finished}:
-        launch(list(parents.values()), at_once)
+    if needed := {other.folder: other for run in runs if not run.finished for other in run.needed}:
+        launch(list(needed.values()), at_once)
     waiting = deque(run for run in runs if not _reused(run))
     jobs: list[Job] = []
     try:

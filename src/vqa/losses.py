@@ -16,6 +16,28 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor, global_count: int) -
     return summed / global_count
 
 
+def soft_target_loss(
+    logits: torch.Tensor, teacher: torch.Tensor, temperature: float, global_count: int
+) -> torch.Tensor:
+    """T² KL(teacher ‖ student) of both answer distributions at temperature T, over the pairs of the step.
+
+    `logits`, `teacher` (N, A). T² keeps gradients the same size at every T
+    (https://arxiv.org/abs/1503.02531, section 2); for large T they become (logits - teacher) / A.
+    """
+    ours, theirs = ((scores.float() / temperature).log_softmax(-1) for scores in (logits, teacher))
+    summed = functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return temperature**2 * summed / global_count
+
+
+def feature_loss(features: torch.Tensor, teacher: torch.Tensor, index: torch.Tensor, global_count: int) -> torch.Tensor:
+    """Mean squared difference of `features` and `teacher` (B, D), each row counted once for each pair.
+
+    `index` (N,) says which row a pair is about, so that the loss does not depend on how pairs are
+    shared out over ranks. Hints through a projection: https://arxiv.org/abs/1412.6550, eq. 3.
+    """
+    return (features.float() - teacher.float()).square().mean(-1)[index].sum() / global_count
+
+
 def contrastive_loss(
     images: torch.Tensor, captions: torch.Tensor, caption_number: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:

@@ -38,6 +38,58 @@ def paired_difference(first: pd.Series, second: pd.Series, image: pd.Series) -> 
     return mean, mean - half, mean + half
 
 
+def mean_paired_difference(
+    first: list[pd.DataFrame], second: list[pd.DataFrame], split: str = "test"
+) -> tuple[float, float, float]:
+    """`paired_difference` of two kinds of model, several seeds each: a question counts with its mean over seeds.
+
+    `first`, `second` are records of the same questions, as in predictions.parquet.
+    """
+    means = []
+    for frames in (first, second):
+        own = pd.concat(frames).query("split == @split")
+        means.append(own.groupby(["image_id", "question_id"])["correct"].mean())
+    image = means[0].index.get_level_values("image_id").to_series()
+    return paired_difference(means[0], means[1].reindex(means[0].index), image)
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error, 0 to 1: mean |accuracy - confidence| over `bins` equal ranges of confidence.
+
+    https://arxiv.org/abs/1706.04599, eq. 3; each range counts by its share of the N answers.
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, weights=correct - confidence.astype(float), minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def swap_test(predictions: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    """Each answer beside another one, drawn at random among those equal in the columns `same`.
+
+    image_id, `must_change` (the true answers differ) and `changed` (the given ones do). With the
+    question the same, the image was swapped; with the image the same, the question.
+    """
+    shuffled = predictions.sample(frac=1, random_state=0)
+    other = shuffled.groupby(same)[["answer", "prediction"]].shift(-1).dropna()  # the last of a group has no other
+    each = shuffled.loc[other.index]
+    return pd.DataFrame(
+        {
+            "image_id": each["image_id"],
+            "must_change": each["answer"] != other["answer"],
+            "changed": each["prediction"] != other["prediction"],
+        }
+    )
+
+
+def linear_cka(first: torch.Tensor, second: torch.Tensor) -> float:
+    """How alike two representations (N, D), (N, E) of the same inputs are, 0 to 1, whatever their rotation or scale.
+
+    Linear centred kernel alignment, https://arxiv.org/abs/1905.00414, section 3.
+    """
+    x, y = (features.double() - features.double().mean(0) for features in (first, second))
+    return ((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
 class BlindBaseline:
     """Answers a question without its image: the commonest training answer to the same words.
 

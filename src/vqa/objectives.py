@@ -2,6 +2,7 @@
 
     Answers    the answer to each question, cross-entropy (the VQA model)
     Alignment  which caption belongs to which image, InfoNCE (the two towers)
+    Distillation  the answer to each question, as a frozen teacher gives it (the VQA model)
 
 An objective's loss is scaled so that the mean of gradients over ranks, which DDP takes, is the
 gradient of the loss of the whole step.
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 from vqa import sources
@@ -21,12 +23,13 @@ from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
 from vqa.distributed import Rank, from_main
 from vqa.evaluate import records
-from vqa.losses import contrastive_loss
+from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
 from vqa.models import vqa_model
 from vqa.models.encoders import pretrained_folder
-from vqa.models.vqa_model import AlignmentModel, TwoTowers
+from vqa.models.vqa_model import AlignmentModel, Reading, TwoTowers, VQAModel
 from vqa.runs import Result, Run
+from vqa.targets import Targets
 
 
 class Answers:
@@ -37,6 +40,7 @@ class Answers:
         self.model = vqa_model(config.model, tokenizer_for(config, source), source.answers, config.data.image_size)
         if config.parent:
             self.model.take_towers(Run(config.parent).folder / "model")
+        self.network: nn.Module = self.model  # what is trained; `model` is what is judged and kept
         self.splits = {name: split_for(self.model, table) for name, table in source.splits.items()}
         self.train_split = self.splits["train"]
         self.blind = BlindBaseline(sources.pairs(source.splits["train"]))
@@ -69,6 +73,7 @@ class Alignment:
     def __init__(self, config: RunConfig, source: sources.Source, rank: Rank):
         self.rank = rank
         self.model = AlignmentModel(config.model, tokenizer_for(config, source), [], config.data.image_size)
+        self.network: nn.Module = self.model
         tables = {name: sources.captions(source.splits[name]) for name in ("train", "validation")}
         self.splits = {name: split_for(self.model, table) for name, table in tables.items()}
         self.train_split = self.splits["train"]
@@ -105,7 +110,51 @@ class Alignment:
         return recall_results(images, captions, split.question_of, "validation")
 
 
-OBJECTIVES = {"answers": Answers, "alignment": Alignment}
+class Distillation(Answers):
+    """Answer questions as the teacher does: its soft answers, its summaries, and the labels.
+
+    alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy + feature_weight (image + text difference).
+    """
+
+    def __init__(self, config: RunConfig, source: sources.Source, rank: Rank):
+        super().__init__(config, source, rank)
+        self.weights = config.distillation
+        self.targets = Targets(config, self.train_split, source.fingerprint, rank.device)
+        self.network = Pupil(self.model, *self.targets.widths)
+
+    def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
+        """The share of `batch` in the loss of the step that `images` make up over all ranks."""
+        pairs = len(self.train_split.pairs_of(images))
+        ours, theirs, weights = network(**batch.inputs()), self.targets.of(batch), self.weights
+        soft = soft_target_loss(ours.logits, theirs.logits, weights.temperature, pairs)
+        hard = answer_loss(ours.logits, batch.labels, pairs)
+        image = feature_loss(ours.image, theirs.image, batch.image_index, pairs)
+        text = feature_loss(ours.text, theirs.text, batch.question_index, pairs)
+        total = weights.alpha * soft + (1 - weights.alpha) * hard + weights.feature_weight * (image + text)
+        return total * self.rank.world_size  # DDP will divide: the sum over ranks is meant
+
+    def finish(self, run: Run) -> list[Result]:
+        """As Answers; the record of the run then says which weights taught it."""
+        if self.rank.is_main:
+            run.write_json("env.json", run.environment() | {"teacher": self.targets.teacher})
+        return super().finish(run)
+
+
+class Pupil(nn.Module):
+    """A student while it is taught: projections put its summaries beside its teacher's, and are dropped afterwards."""
+
+    def __init__(self, student: VQAModel, image_width: int, text_width: int):
+        super().__init__()
+        self.student = student
+        self.image_projection = nn.Linear(student.image_encoder.width, image_width)
+        self.text_projection = nn.Linear(student.text_encoder.width, text_width)
+
+    def forward(self, **inputs: torch.Tensor) -> Reading:
+        said = self.student.read(**inputs)
+        return Reading(said.logits, self.image_projection(said.image), self.text_projection(said.text))
+
+
+OBJECTIVES = {"answers": Answers, "alignment": Alignment, "distillation": Distillation}
 
 
 def split_for(model: TwoTowers, table) -> Split:

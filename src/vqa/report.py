@@ -19,7 +19,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from vqa import figures, sources
+from vqa import (
+    figures,
+    figures_distillation,  # noqa: F401 - enters its figures in FIGURES
+    sources,
+)
 from vqa.config import ROOT, ConfigError, Profile, load_profile
 from vqa.runs import Run
 
@@ -55,17 +59,29 @@ class Record:
 
     def answers(self) -> bool:
         """Whether this is a run that learned to answer questions."""
-        return self.config.get("objective") == "answers"
+        return self.config.get("objective") in ("answers", "distillation")
 
-    def rows(self, profile: str) -> list[dict]:
-        """The run's results as rows of results.csv."""
+    def model_name(self, profile: Profile) -> str:
+        """teacher, student or distilled, and in what the run differs from what `profile` says of it."""
         run = self.config.get("run", self.config)  # a benchmark names the run it measured
+        words = ["distilled" if run["objective"] == "distillation" else run["role"]]
+        if self.answers() and not run["parent"]:
+            words.append("not aligned")
+        if run["data"]["question_fraction"] != profile.data.question_fraction:
+            words.append(f"{100 * run['data']['question_fraction']:g} % of questions")
+        taught = run["distillation"] or {}
+        words += [f"{key} {value:g}" for key, value in taught.items() if value != getattr(profile.distillation, key)]
+        return ", ".join(words).replace("_", " ")
+
+    def rows(self, profile: Profile) -> list[dict]:
+        """The run's results as rows of results.csv."""
+        run = self.config.get("run", self.config)
         common = {
-            "profile": profile,
+            "profile": profile.name,
             "run": self.name,
             "dataset": run["data"]["source"],
-            "model": run["role"] + (", not aligned" if self.answers() and not run["parent"] else ""),
-            "fusion": run["model"]["fusion"]["kind"] if run["objective"] == "answers" else "none",
+            "model": self.model_name(profile),
+            "fusion": run["model"]["fusion"]["kind"] if run["objective"] != "alignment" else "none",
             "precision": "bf16" if run["train"]["amp"] == "bf16" else "fp32",
             "engine": "eager",
             "world_size": run["launch"]["world_size"],
@@ -87,12 +103,17 @@ class Report:
 
     def records(self) -> list[Record]:
         """Every record once, though several notebooks may have kept it, in the order of the notebooks."""
-        found = {path.parent.name: path.parent for path in sorted(self.folder.glob("records/*/*/results.json"))}
+        found: dict[str, Path] = {}
+        for path in sorted(self.folder.glob("records/*/*/results.json")):
+            found.setdefault(path.parent.name, path.parent)
         return [Record(folder) for folder in found.values()]
 
     def answer_runs(self) -> list[Record]:
-        """The runs that answer questions: teachers first, then by fusion and seed."""
-        runs = [record for record in self.records() if record.answers()]
+        """The runs that answer questions: teachers first, then by fusion and seed.
+
+        Not those that 05_distillation trained in numbers, which its own figures show.
+        """
+        runs = [run for run in self.records() if run.answers() and run.folder.parent.name != "05_distillation"]
         return sorted(runs, key=lambda run: (run.config["role"] != "teacher", run.name))
 
     def first_seeds(self) -> list[Record]:
@@ -105,7 +126,7 @@ class Report:
 
     def results(self) -> pd.DataFrame:
         """Every figure of every record, in the columns of results.csv."""
-        rows = [row for record in self.records() for row in record.rows(self.profile.name)]
+        rows = [row for record in self.records() for row in record.rows(self.profile)]
         return pd.DataFrame(rows, columns=COLUMNS)
 
     def write_results(self) -> pd.DataFrame:
@@ -169,7 +190,10 @@ def write_readme() -> None:
     text = README.read_text()
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    table = markdown(accuracy_table(pd.concat(tables)).drop(columns="run")) if tables else "No results yet.\n"
+    table = "No results yet.\n"
+    if tables:
+        rows = accuracy_table(pd.concat(tables)).drop(columns="run")
+        table = markdown(rows[~rows["model"].str.contains(",")])  # variations on a model are for the reports
     README.write_text(f"{before}{MARKS[0]}\n{table}{MARKS[1]}{after}")
 
 

@@ -54,9 +54,15 @@ class Run:
 
     @property
     def parent(self) -> "Run | None":
-        """The run that must be finished before this one can start."""
+        """The run whose towers this one starts from."""
         parent = getattr(self.config, "parent", None)
         return Run(parent) if parent else None
+
+    @property
+    def needed(self) -> "list[Run]":
+        """The runs that must be finished before this one can start."""
+        before = (getattr(self.config, name, None) for name in ("parent", "teacher"))
+        return [Run(config) for config in before if config]
 
     @classmethod
     def open(cls, folder: Path) -> "Run":

@@ -75,9 +75,8 @@ class Study:
         made = [Run(self.profile.run(role, seed, **changes)) for role, seed, changes in wanted]
         runs = launch(made, self.profile.at_once)
         for run in runs:
-            if run.parent:
-                record(run.parent, self.records)
-            record(run, self.records)
+            for kept in (*run.needed, run):
+                record(kept, self.records)
         return runs
 
     def benchmark(self, kind: str, *runs: RunConfig) -> pd.DataFrame:

@@ -43,7 +43,8 @@ def train(config: RunConfig, run: Run, rank: Rank) -> None:
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(rank.device.type == "cpu")
     objective = OBJECTIVES[config.objective](config, load_data(config, rank), rank)
-    model = objective.model.to(rank.device)
+    objective.network.to(rank.device)
+    model = objective.model
     trainer = Trainer(config, objective, rank)
     reporter = Reporter(run, rank, trainer)
     reporter.say(f"{run.folder.name}: {parameter_count(model):,} parameters, {len(objective.train_split):,} images")
@@ -88,7 +89,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, objective: Answers | Alignment, rank: Rank):
         self.config, self.objective, self.rank = config, objective, rank
-        self.split, model = objective.train_split, objective.model
+        self.split, model = objective.train_split, objective.network
         self.steps_per_epoch = len(self.split) // config.train.global_batch_size
         if not self.steps_per_epoch:
             size = config.train.global_batch_size
@@ -99,7 +100,7 @@ class Trainer:
             self.optimizer, round(config.train.warmup_fraction * total), total
         )
         if config.train.gradient_checkpointing:
-            model.checkpoint_gradients()
+            objective.model.checkpoint_gradients()
         if config.train.compile:
             model.compile(dynamic=True)
         self.model: nn.Module = model

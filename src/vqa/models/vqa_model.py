@@ -9,7 +9,7 @@ Shapes, here and in all of `models/`:
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -63,6 +63,14 @@ class TwoTowers(nn.Module):
         return model.eval()
 
 
+class Reading(NamedTuple):
+    """What a model makes of a batch."""
+
+    logits: torch.Tensor  # (N, A)
+    image: torch.Tensor  # (I, D) the image tower's summaries
+    text: torch.Tensor  # (U, D) the text tower's
+
+
 class VQAModel(TwoTowers):
     """Scores every answer of a closed list for each (image, question) pair."""
 
@@ -79,10 +87,21 @@ class VQAModel(TwoTowers):
         attention_mask: torch.Tensor,  # (U, T)
         question_index: torch.Tensor,  # (N,)
     ) -> torch.Tensor:
+        return self.read(pixel_values, image_index, input_ids, attention_mask, question_index).logits
+
+    def read(
+        self,
+        pixel_values: torch.Tensor,  # (I, 3, H, W) uint8
+        image_index: torch.Tensor,  # (N,)
+        input_ids: torch.Tensor,  # (U, T)
+        attention_mask: torch.Tensor,  # (U, T)
+        question_index: torch.Tensor,  # (N,)
+    ) -> "Reading":
+        """The scores with the towers' summaries, for a student to learn from or by."""
         image = self.image_encoder(pixel_values)  # (I, P, D), (I, D)
         text = self.text_encoder(input_ids, attention_mask)  # (U, T, D), (U, D)
         joint = self.fusion(image, text, attention_mask, image_index, question_index)  # (N, D)
-        return self.answer_head(joint)  # (N, A)
+        return Reading(self.answer_head(joint), image.pooled, text.pooled)
 
     @torch.no_grad()
     def towers(self, batch: Batch) -> tuple[Features, Features]:

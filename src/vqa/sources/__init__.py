@@ -109,8 +109,22 @@ def load(config: DataConfig) -> Source:
         )
     if config.test_images is not None:
         test = test.select(range(config.test_images))
-    splits = {"train": train.select(np.sort(kept)), "validation": train.select(np.sort(held)), "test": test}
+    kept = _thinned(train.select(np.sort(kept)), config.question_fraction, config.split_seed)
+    splits = {"train": kept, "validation": train.select(np.sort(held)), "test": test}
     return Source(config.source, module.LICENCE, fingerprint, splits)
+
+
+def _thinned(table: datasets.Dataset, fraction: float, seed: int) -> datasets.Dataset:
+    """`table` with a random `fraction` of each image's questions, at least one; smaller ones are part of larger."""
+    if fraction == 1:
+        return table
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(len(asked)) for asked in table["question_id"]]
+    chosen = [np.sort(order[: max(round(fraction * len(order)), 1)]) for order in orders]
+    thin = table.remove_columns(list(PAIR_COLUMNS))
+    for name in PAIR_COLUMNS:
+        thin = thin.add_column(name, [[row[i] for i in kept] for row, kept in zip(table[name], chosen, strict=True)])
+    return thin
 
 
 def _stored(folder: Path, build) -> datasets.DatasetDict:
