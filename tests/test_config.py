@@ -207,3 +207,41 @@ def test_alignment_is_the_parent_whatever_the_fusion():
     concat, cross = (profile.run("teacher", model__fusion__kind=kind) for kind in ("concat", "cross_attention"))
     assert concat.parent == cross.parent and digest(concat) != digest(cross)
     assert concat.parent.objective == "alignment" and concat.parent.train.epochs == 1
+
+
+def test_a_distilled_run_names_its_teacher_and_starts_where_the_student_alone_does(tiny_profile):
+    alone, taught = tiny_profile.run("student"), tiny_profile.run("student", distilled=True)
+    assert taught.teacher == tiny_profile.run("teacher") and taught.kind == "distilled" and alone.kind == "student"
+    shared = {"objective", "teacher", "distillation"}
+    assert taught.model_dump(exclude=shared) == alone.model_dump(exclude=shared)
+    assert taught.name == "student-concat-distilled-seed0"
+    other = tiny_profile.run("student", distilled=True, teacher=tiny_profile.run("teacher", 1).model_dump())
+    assert digest(other) != digest(taught)
+
+
+def test_the_alignment_run_is_the_same_alone_or_distilled():
+    profile = load_profile("default")
+    assert profile.run("student").parent == profile.run("student", distilled=True).parent is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher": None}, "distillation needs a teacher run and a distillation section"),
+        ({"distillation": None}, "distillation needs a teacher run and a distillation section"),
+        ({"data__split_seed": 1}, "the teacher was trained with data.split_seed 0, the student with 1"),
+        ({"data__validation_images": 8}, "the teacher was trained with data.validation_images 32, the student with 8"),
+        ({"teacher__objective": "alignment"}, "a teacher is a run that learned answers, not alignment"),
+        ({"model__fusion__kind": "unified_decoder"}, "a unified_decoder has one tower"),
+        ({"distillation__alpha": 1.5}, "distillation.alpha is 1.5"),
+        ({"distillation__temperature": 0.0}, "distillation.temperature is 0.0"),
+        ({"distillation__temprature": 1.0}, "unknown key distillation.temprature; did you mean temperature?"),
+    ],
+)
+def test_an_impossible_distillation_is_refused(changes, said, tiny_profile):
+    assert said in refusal(tiny_profile.run, "student", distilled=True, **changes)
+
+
+def test_a_study_of_fractions_needs_epochs_for_each():
+    changes = {"distillation_study.epochs": [4]}
+    assert "3 fractions need as many epochs, not 1" in refusal(load_profile, "default", changes)

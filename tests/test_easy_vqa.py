@@ -6,6 +6,7 @@ from pathlib import Path
 
 import easy_vqa as package
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -202,3 +203,23 @@ def test_fingerprint_changes_with_any_byte(copy):
 
     places = ["train/images/0.png", "test/images/5.png", "test/questions.json"]
     assert len({easy_vqa.fingerprint(copy), *(changed(copy / place) for place in places)}) == 4
+
+
+def test_a_share_of_the_questions_keeps_every_image_and_is_part_of_a_larger_share(tiny, source):
+    def questions(share: float) -> pd.DataFrame:
+        return sources.pairs(sources.load(tiny.data.model_copy(update={"question_fraction": share})).splits["train"])
+
+    whole, less, least = (questions(share).set_index("question_id") for share in (1.0, 0.3, 0.01))
+    asked = whole.groupby("image_id").size()
+    pd.testing.assert_series_equal(less.groupby("image_id").size(), (0.3 * asked).round().clip(lower=1).astype(int))
+    assert (least.groupby("image_id").size() == 1).all() and len(least) == len(asked)
+    for part, larger in ((less, whole), (least, less)):
+        pd.testing.assert_frame_equal(part, larger.loc[part.index])
+
+
+def test_a_share_of_the_questions_leaves_validation_and_test_as_they_are(tiny, source):
+    thin = sources.load(tiny.data.model_copy(update={"question_fraction": 0.1}))
+    for name in ("validation", "test"):
+        pd.testing.assert_frame_equal(sources.pairs(thin.splits[name]), sources.pairs(source.splits[name]))
+    images = (np.array(each.splits["train"]["image"]) for each in (thin, source))
+    assert (next(images) == next(images)).all()

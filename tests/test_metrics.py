@@ -11,6 +11,7 @@ from vqa.metrics import (
     cluster_interval,
     image_only_ceiling,
     linear_cka,
+    mean_paired_difference,
     paired_difference,
     recall_results,
     swap_test,
@@ -218,3 +219,19 @@ def test_cka_is_its_definition_with_gram_matrices():
     k, m = x @ x.T, y @ y.T
     expected = hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
     assert linear_cka(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_seeds_are_averaged_before_questions_are_compared():
+    """By hand: of three questions the first kind answers 1, 1/2, 0 of two seeds, the second kind 0, 1/2, 1/2."""
+    asked = pd.DataFrame({"image_id": [0, 0, 1], "question_id": [5, 6, 7], "split": "test"})
+    seeds = [[asked.assign(correct=c) for c in kind] for kind in ([[1, 1, 0], [1, 0, 0]], [[0, 0, 1], [0, 1, 0]])]
+    shuffled = [seeds[0], [frame.sample(frac=1, random_state=1) for frame in seeds[1]]]
+    difference = mean_paired_difference(*shuffled)
+    expected = paired_difference(pd.Series([1, 0.5, 0]), pd.Series([0, 0.5, 0.5]), pd.Series([0, 0, 1]))
+    assert difference == pytest.approx(expected) and difference[0] == pytest.approx(1 / 6)
+
+
+def test_only_the_split_that_is_asked_for_is_compared():
+    asked = pd.DataFrame({"image_id": [0, 1], "question_id": [5, 6], "split": ["validation", "test"]})
+    first, second = asked.assign(correct=[0, 1]), asked.assign(correct=[1, 0])
+    assert mean_paired_difference([first], [second])[0] == 1

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from vqa import report
-from vqa.config import ROOT, load_profile
+from vqa.config import ROOT, load_profile, save_yaml
 from vqa.report import COLUMNS, MARKS, Record, Report, accuracy_table, record
 from vqa.runs import Result, Run
 
@@ -97,3 +97,28 @@ def test_the_readme_shows_the_committed_results(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "README", copy)
     report.write_readme()
     assert copy.read_text() == (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "student"),
+        ({"distilled": True}, "distilled"),
+        ({"aligned": False, "data__question_fraction": 0.1}, "student, not aligned, 10 % of questions"),
+        ({"distilled": True, "distillation__feature_weight": 0.0}, "distilled, feature weight 0"),
+    ],
+)
+def test_a_model_is_named_by_what_it_is_and_how_it_differs_from_the_profile(changes, name, tmp_path):
+    profile = load_profile("default")
+    save_yaml(profile.run("student", **changes), tmp_path / "config.yaml")
+    assert Record(tmp_path).model_name(profile) == name
+
+
+def test_the_readme_leaves_variations_to_the_reports(monkeypatch, one_report, tmp_path):
+    table = one_report.write_results()
+    table.assign(model="student, 10 % of questions").to_csv(one_report.folder / "results.csv", index=False)
+    (tmp_path / "README.md").write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    report.write_readme()
+    assert "10 %" not in (tmp_path / "README.md").read_text()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -385,6 +386,8 @@ def _keys_at(annotation: Any, path: list[str]) -> list[str]:
     if get_origin(annotation) is dict:
         names, values = get_args(annotation)
         return _keys_at(values, path[1:]) if path else list(get_args(names))
+    if get_origin(annotation) is UnionType:  # a section that may be left out
+        return _keys_at(get_args(annotation)[0], path)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         fields = annotation.model_fields
         return _keys_at(fields[path[0]].annotation, path[1:]) if path else list(fields)
