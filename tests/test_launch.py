@@ -32,6 +32,22 @@ def test_a_finished_run_is_reused_without_a_process(trained, capsys):
     assert capsys.readouterr().out == f"{run.folder.name}: finished before, reused\n"
 
 
+def test_a_missing_teacher_comes_before_its_student(tiny_profile, monkeypatch):
+    """Without processes: which run is started after which."""
+    started = []
+
+    class Done:
+        def __init__(self, run, tag):
+            started.append(run.folder.name)
+
+        ended = stop = check = lambda self, **_: True
+
+    monkeypatch.setattr("vqa.launch.Job", Done)
+    student = Run(tiny_profile.run("student", distilled=True, seed=5))
+    launch([student], at_once=2)
+    assert started == [run.folder.name for run in (*student.needed, student)] and len(started) == 2
+
+
 def test_a_failing_job_is_reported_in_its_own_sentence(tiny_profile, capsys):
     run = Run(tiny_profile.run("teacher", train__global_batch_size=128))
     with pytest.raises(LaunchError, match=r"^train.global_batch_size 128 is more than the 64 training images$"):

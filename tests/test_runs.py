@@ -111,10 +111,12 @@ def test_a_place_that_cannot_be_written_is_named(tiny, tmp_path, monkeypatch):
         pass
 
 
-def test_the_parent_is_the_run_of_the_parents_config(tiny):
-    assert Run(tiny).parent is None
-    child = Run(tiny.model_copy(update={"parent": tiny}))
-    assert child.parent.folder == Run(tiny).folder != child.folder
+def test_needed_are_the_runs_of_the_parents_and_the_teachers_configs(tiny):
+    assert Run(tiny).needed == []
+    other = tiny.model_copy(update={"seed": 1})
+    child = Run(tiny.model_copy(update={"parent": tiny, "teacher": other}))
+    assert [run.folder for run in child.needed] == [Run(tiny).folder, Run(other).folder]
+    assert child.folder not in (Run(tiny).folder, Run(other).folder)
 
 
 def test_the_environment_says_what_computed_a_number(run):

@@ -108,7 +108,7 @@ def test_two_ranks_align_as_one_does_with_everyones_negatives(trained):
 
 def test_the_aligned_parent_comes_first_and_gives_towers_and_vocabulary(trained, source, one_rank):
     parent, child = trained["aligned"], trained["alone"]
-    assert child.parent.folder == parent.folder
+    assert [run.folder for run in child.needed] == [parent.folder]
     assert (parent.folder / "results.json").stat().st_mtime < (child.folder / "env.json").stat().st_mtime
     aligned = AlignmentModel.from_pretrained(parent.folder / "model")
     start = Answers(child.config, source, one_rank).model

@@ -1,7 +1,7 @@
 """What a run learns: what a step's loss is, how it is judged, what it leaves behind.
 
-    Answers    the answer to each question, cross-entropy (the VQA model)
-    Alignment  which caption belongs to which image, InfoNCE (the two towers)
+    Answers       the answer to each question, cross-entropy (the VQA model)
+    Alignment     which caption belongs to which image, InfoNCE (the two towers)
     Distillation  the answer to each question, as a frozen teacher gives it (the VQA model)
 
 An objective's loss is scaled so that the mean of gradients over ranks, which DDP takes, is the

@@ -53,14 +53,8 @@ class Run:
         self.folder = RUNS / f"{config.name}-{digest(config)}"
 
     @property
-    def parent(self) -> "Run | None":
-        """The run whose towers this one starts from."""
-        parent = getattr(self.config, "parent", None)
-        return Run(parent) if parent else None
-
-    @property
     def needed(self) -> "list[Run]":
-        """The runs that must be finished before this one can start."""
+        """The runs that must be finished before this one can start: its aligned towers', its teacher's."""
         before = (getattr(self.config, name, None) for name in ("parent", "teacher"))
         return [Run(config) for config in before if config]
 
