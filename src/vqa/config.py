@@ -37,6 +37,7 @@ S = TypeVar("S", bound=Section)
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(gt=0)]
 
 
 class DataConfig(Section):
@@ -124,9 +125,9 @@ class TrainConfig(Section):
 class DistillationConfig(Section):
     """What a student learns from, after https://arxiv.org/abs/1503.02531: the teacher's answers and features."""
 
-    temperature: Annotated[float, Field(gt=0)] = 2.0  # of both models' answers where they are compared
-    alpha: Fraction = 0.7  # weight of the teacher's answers; the labels have the rest
-    feature_weight: Annotated[float, Field(ge=0)] = 1.0  # of both towers' summaries, through projections
+    temperature: Temperature  # of both models' answers where they are compared
+    alpha: Fraction  # weight of the teacher's answers; the labels have the rest
+    feature_weight: Annotated[float, Field(ge=0)]  # of both towers' summaries, through projections
 
 
 class DistillationStudyConfig(Section):
@@ -134,15 +135,9 @@ class DistillationStudyConfig(Section):
 
     seeds: list[int] = Field(min_length=1)  # of the headline pair
     fractions: list[Share] = Field(min_length=1)  # of the training questions; the first is the headline
-    epochs: list[Positive]  # one a fraction
-    temperatures: list[float]
+    epochs: Positive
+    temperatures: list[Temperature]  # all of them with all of alphas
     alphas: list[Fraction]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if len(self.epochs) != len(self.fractions):
-            raise ValueError(f"{len(self.fractions)} fractions need as many epochs, not {len(self.epochs)}")
-        return self
 
 
 class LaunchConfig(Section):
@@ -180,15 +175,15 @@ class RunConfig(Section):
             )
         if self.objective == "alignment" and self.train.gradient_accumulation_steps > 1:
             raise ValueError("alignment compares all pairs of a step, so it cannot accumulate gradients")
+        if self.objective == "alignment" and self.data.question_fraction < 1:
+            raise ValueError("data.question_fraction does not go with alignment, whose captions use all questions")
         if self.objective == "distillation":
             self._check_teacher()
         return self
 
     def _check_teacher(self) -> None:
-        if self.teacher is None or self.distillation is None:
-            raise ValueError("distillation needs a teacher run and a distillation section")
-        if self.teacher.objective != "answers":
-            raise ValueError(f"a teacher is a run that learned answers, not {self.teacher.objective}")
+        if not (self.distillation and self.teacher and self.teacher.objective == "answers"):
+            raise ValueError("distillation needs a distillation section and a teacher run that learned answers")
         for key in ("source", "image_size", "validation_images", "split_seed"):  # else it may know our held-out images
             ours, theirs = getattr(self.data, key), getattr(self.teacher.data, key)
             if ours != theirs:
@@ -217,7 +212,7 @@ class Profile(Section):
     models: dict[Literal["teacher", "student"], ModelConfig]
     train: dict[Literal["teacher", "student"], TrainConfig]
     alignment: dict[Literal["teacher", "student"], TrainConfig] = {}  # roles whose towers are aligned first
-    distillation: DistillationConfig = DistillationConfig()
+    distillation: DistillationConfig
     distillation_study: DistillationStudyConfig
     launch: LaunchConfig
     at_once: Positive = 1  # runs side by side, where a notebook asks for several
@@ -251,8 +246,8 @@ class Profile(Section):
             "launch": self.launch.model_dump(),
         }
         if distilled:
-            raw |= {"objective": "distillation", "distillation": self.distillation.model_dump()}
-            raw["teacher"] = self.run("teacher").model_dump()
+            taught = {"teacher": self.run("teacher").model_dump(), "distillation": self.distillation.model_dump()}
+            raw |= {"objective": "distillation", **taught}
         for key, value in changes.items():
             _assign(raw, key.replace("__", "."), value)
         if aligned and role in self.alignment:
