@@ -89,11 +89,16 @@ def test_two_runs_at_once_compute_once(tmp_path):
     assert len(made) == 1 and all(said["logits"].tolist() == [0, 1, 2] for said in found) and len(found) == 2
 
 
-def test_an_interrupted_computation_leaves_no_cache(tmp_path):
+def test_an_interrupted_computation_leaves_no_cache(tmp_path, monkeypatch):
+    def half_written(_, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
     path = tmp_path / "key.safetensors"
-    with pytest.raises(ZeroDivisionError):
-        targets.kept(path, lambda: 1 / 0)
-    assert not path.exists()
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="disk full"):
+        broken.setattr(targets, "save_file", half_written)
+        targets.kept(path, lambda: {"logits": torch.ones(1)})
+    assert [left.name for left in tmp_path.glob("*key*")] == ["key.lock"] and not list(tmp_path.glob(".*"))
     assert targets.kept(path, lambda: {"logits": torch.ones(1)})["logits"].item() == 1
 
 

@@ -97,8 +97,11 @@ def kept(path: Path, compute) -> dict[str, torch.Tensor]:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however this process ends
         if not path.is_file():
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(compute(), temporary)
-            os.replace(temporary, path)
+            try:
+                save_file(compute(), temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     return load_file(path)
 
 
