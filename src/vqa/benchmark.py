@@ -30,6 +30,7 @@ from vqa import sources
 from vqa.batches import Batch
 from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Section, load_profile, load_section
 from vqa.distributed import Rank, check_devices, process_group
+from vqa.metrics import median_result
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
 from vqa.objectives import Answers, split_for, tokenizer_for
@@ -99,13 +100,6 @@ def interleave(arms: list[Arm], config: BenchmarkConfig) -> None:
             arm.step(images)
     for arm in arms:
         del arm.seconds[:WARMUP_STEPS]
-
-
-def median_result(metric: str, values: list[float], unit: str, labels: dict[str, str]) -> Result:
-    """The median of `values` with a 95 % interval from 2,000 bootstrap resamples."""
-    resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
-    return Result(metric, float(np.median(values)), unit, float(low), float(high), labels=labels)
 
 
 def overfit(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[Result]:

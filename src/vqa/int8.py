@@ -1,0 +1,232 @@
+"""A model as ONNX, in fp32 and in int8, and the proof that int8 is what runs.
+
+Convolutions, and what stands between them, are quantized statically: uint8 activations, whose ranges
+training images gave, and int8 weights per channel. Products with a weight matrix (text tower, ViT,
+fusion, head) find the ranges of their activations anew for each question; embeddings are kept in int8.
+"""
+
+import logging
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch.nn.functional import kl_div
+
+from vqa import ask
+from vqa.batches import Split
+from vqa.models.vqa_model import VQAModel
+from vqa.runs import Result
+
+ENGINE = "ONNX Runtime"
+OPSET = 17
+IMAGES_PER_BATCH = 32
+WEIGHTED = {"Conv": 1, "MatMul": 1, "Gemm": 1, "Gather": 0}  # kinds of node, and which input is the weight
+BETWEEN = ("Relu", "MaxPool", "Add")  # may stay in int8 from one convolution to the next
+INT8_KERNELS = ("QLinearConv", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat")
+
+Logits = Callable[..., np.ndarray]  # VQAModel.forward with NumPy arrays: (N, A)
+
+
+class QuantizeError(RuntimeError):
+    """A model that cannot be deployed; its message is one sentence for the user."""
+
+
+def export(model: VQAModel, path: Path) -> None:
+    """Write `model` as ONNX in fp32: any number of images, questions, tokens and pairs.
+
+    Raises QuantizeError for the unified decoder, whose answers are written in a loop.
+    """
+    if model.config.fusion.kind == "unified_decoder":
+        raise QuantizeError("a unified decoder cannot be deployed: choose a run with fusion concat or cross_attention")
+    size = model.image_size
+    inputs = {
+        "pixel_values": torch.zeros(2, 3, size, size, dtype=torch.uint8),
+        "image_index": torch.tensor([0, 1, 0]),
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        "question_index": torch.tensor([0, 1, 1]),
+    }
+    text, pair = {0: "questions", 1: "tokens"}, {0: "pairs"}
+    axes = {"pixel_values": {0: "images"}, "input_ids": text, "attention_mask": text}
+    axes |= {"image_index": pair, "question_index": pair, "logits": pair}
+    with warnings.catch_warnings():  # of constants in the trace; that shapes are free is tested
+        warnings.simplefilter("ignore")
+        # The exporter by tracing names nodes by their place in the model, which lets layers be told apart.
+        torch.onnx.export(
+            model.eval(),
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            output_names=["logits"],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+
+
+def to_int8(fp32: Path, int8: Path, images: np.ndarray) -> None:
+    """Quantize the ONNX model `fp32`, calibrated with `images` (I, 3, H, W) uint8.
+
+    Raises QuantizeError if a layer was left in fp32.
+    """
+    with tempfile.TemporaryDirectory(dir=int8.parent) as scratch:
+        prepared = Path(scratch) / "prepared.onnx"
+        prepare(fp32, prepared)
+        quantize_prepared(prepared, int8, images)
+
+
+def prepare(fp32: Path, prepared: Path) -> None:
+    """`fp32` with constants folded and shapes written down, without which layers would be passed over."""
+    with _quiet():
+        quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
+
+
+def quantize_prepared(prepared: Path, int8: Path, images: np.ndarray, only: Collection[str] = ()) -> None:
+    """`to_int8` of a prepared model; with `only`, of these layers alone."""
+    graph = onnx.load(prepared).graph
+    chosen = [name for name in only or layers(graph)]
+    convolved = [name for name in convolutions(graph) if name in chosen]
+    products = [name for name in chosen if name not in convolved]
+    with _quiet(), tempfile.TemporaryDirectory(dir=int8.parent) as scratch:
+        dynamic = Path(scratch) / "dynamic.onnx" if convolved else int8
+        if products:  # an empty list would mean every node
+            quantize_dynamic(
+                prepared,
+                dynamic,
+                op_types_to_quantize=[kind for kind in WEIGHTED if kind != "Conv"],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_quantize=[*products, *(f"{name}_MatMul" for name in products)],  # it splits Gemm and renames
+            )
+        if convolved:
+            quantize_static(
+                dynamic if products else prepared,
+                int8,
+                _Images(images),
+                op_types_to_quantize=["Conv", *BETWEEN],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_quantize=convolved if only else _convolutional(graph),
+            )
+    _refuse_fp32(int8, convolved, products, graph)
+
+
+def _refuse_fp32(int8: Path, convolved: list[str], products: list[str], graph: onnx.GraphProto) -> None:
+    """A tool that cannot quantize a layer leaves it as it is and says nothing: count what will run."""
+    gathers = {node.name for node in graph.node if node.op_type == "Gather"}
+    wanted, found = len(convolved) + len(set(products) - gathers), int8_kernels(int8)
+    if found < wanted:
+        raise QuantizeError(f"only {found} of {wanted} layers run in int8")
+
+
+def layers(graph: onnx.GraphProto) -> list[str]:
+    """The nodes that hold a weight worth quantizing: convolutions, matrix products, embeddings."""
+    weights = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
+    }
+    return [n.name for n in graph.node if n.op_type in WEIGHTED and n.input[WEIGHTED[n.op_type]] in weights]
+
+
+def convolutions(graph: onnx.GraphProto) -> list[str]:
+    return [node.name for node in graph.node if node.op_type == "Conv"]
+
+
+def _convolutional(graph: onnx.GraphProto) -> list[str]:
+    """Convolutions and the nodes between them, which see nothing else."""
+    names, outputs = [], set()
+    for node in graph.node:  # each stands after what it reads
+        if node.op_type == "Conv" or (node.op_type in BETWEEN and outputs.issuperset(node.input)):
+            names.append(node.name)
+            outputs.update(node.output)
+    return names
+
+
+def kernels(model: Path) -> Counter:
+    """How many nodes of each kind ONNX Runtime runs for `model` on this machine, after its own fusions."""
+    with tempfile.TemporaryDirectory() as scratch:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns that the file is for this machine alone, as is meant
+        options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
+        onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def int8_kernels(model: Path) -> int:
+    """How many of them compute with int8 numbers."""
+    return sum(count for kind, count in kernels(model).items() if kind in INT8_KERNELS)
+
+
+class _Images(CalibrationDataReader):
+    """Calibration images in batches, each batch with one short question, which no convolution sees."""
+
+    def __init__(self, images: np.ndarray):
+        count = -(-len(images) // IMAGES_PER_BATCH)
+        self.batches = iter(np.array_split(images, count))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        images = next(self.batches, None)
+        if images is None:
+            return None
+        one = np.ones((1, 1), dtype=np.int64)
+        index = np.zeros(1, dtype=np.int64)
+        return {
+            "pixel_values": images,
+            "image_index": index,
+            "input_ids": one,
+            "attention_mask": one,
+            "question_index": index,
+        }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantizer's advice on the root logger, which does not know the order of our steps."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def all_logits(logits: Logits, split: Split) -> np.ndarray:
+    """What `logits` gives for all pairs of `split`, (N, A), in its order."""
+    images = np.arange(len(split))
+    parts = []
+    for first in range(0, len(images), IMAGES_PER_BATCH):
+        batch = split.batch(images[first : first + IMAGES_PER_BATCH])
+        parts.append(logits(**{name: value.numpy() for name, value in batch.inputs().items()}))
+    return np.concatenate(parts)
+
+
+def sensitivity(fp32: Path, images: np.ndarray, split: Split) -> list[Result]:
+    """What each layer does to the answers when it alone is int8: KL divergence from fp32, mean over `split`."""
+    reference = torch.from_numpy(all_logits(ask.onnx_logits(fp32), split)).log_softmax(-1)
+    rows = []
+    with tempfile.TemporaryDirectory(dir=fp32.parent) as scratch:
+        prepared, alone = Path(scratch) / "prepared.onnx", Path(scratch) / "alone.onnx"
+        prepare(fp32, prepared)
+        for name in layers(onnx.load(prepared).graph):
+            quantize_prepared(prepared, alone, images, only=[name])
+            answered = torch.from_numpy(all_logits(ask.onnx_logits(alone), split)).log_softmax(-1)
+            change = kl_div(answered, reference, reduction="batchmean", log_target=True).item()
+            labels = {"precision": f"int8 in {layer_name(name)}", "engine": ENGINE}
+            rows.append(Result("kl_divergence", change, "nats", split="validation", labels=labels))
+    return rows
+
+
+def layer_name(node: str) -> str:
+    """A node's place in the model, without the words that every path has."""
+    return "/".join(part for part in node.split("/")[1:-1] if part not in ("resnet", "encoder", "convolution", "text"))
