@@ -10,6 +10,7 @@
 `costs`      several models side by side: operations, memory, training and answering speed
 `full_size`  memory of a step with the public full-size towers, which no accuracy is claimed of
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
+`quantization`, `latency`  what deployment gains and costs: see vqa.deployment
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqa import sources
 from vqa.batches import Batch
 from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Section, load_profile, load_section
+from vqa.deployment import latency, quantization
 from vqa.distributed import Rank, check_devices, process_group
 from vqa.metrics import median_result
 from vqa.models import load_vqa_model
@@ -47,7 +49,18 @@ FULL_SIZE_FUSIONS = {
 class BenchmarkConfig(Section):
     """What is measured (`kind`), on which training run, over how many steps an arm."""
 
-    kind: Literal["overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size", "attention"]
+    kind: Literal[
+        "overfit",
+        "grouping",
+        "precision",
+        "breakdown",
+        "sharing",
+        "costs",
+        "full_size",
+        "attention",
+        "quantization",
+        "latency",
+    ]
     run: RunConfig
     others: list[RunConfig] = Field(default_factory=list)  # measured beside it
     steps: int
@@ -341,6 +354,7 @@ def _ranged(name: str, call: Callable) -> Callable:
 MEASURES = {
     measure.__name__: measure for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size)
 }
+WITH_FILES = {measure.__name__: measure for measure in (attention, quantization, latency)}  # leave more than rows
 
 
 def main() -> None:
@@ -354,8 +368,8 @@ def main() -> None:
         with process_group(config.launch) as rank, run.writing():
             source = load_data(config.run, rank)
             rows = (
-                attention(config, source, rank, run)
-                if config.kind == "attention"
+                WITH_FILES[config.kind](config, source, rank, run)
+                if config.kind in WITH_FILES
                 else MEASURES[config.kind](config, source, rank)
             )
             run.finish(rows)

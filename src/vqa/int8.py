@@ -58,41 +58,31 @@ def export(model: VQAModel, path: Path) -> None:
     text, pair = {0: "questions", 1: "tokens"}, {0: "pairs"}
     axes = {"pixel_values": {0: "images"}, "input_ids": text, "attention_mask": text}
     axes |= {"image_index": pair, "question_index": pair, "logits": pair}
-    with warnings.catch_warnings():  # of constants in the trace; that shapes are free is tested
+    with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        traced = str(Path(scratch) / "traced.onnx")
+        warnings.simplefilter("ignore")  # of constants in the trace; that shapes are free is tested
         warnings.simplefilter("ignore")
         # The exporter by tracing names nodes by their place in the model, which lets layers be told apart.
         torch.onnx.export(
             model.eval(),
             tuple(inputs.values()),
-            str(path),
+            traced,
             input_names=list(inputs),
             output_names=["logits"],
             dynamic_axes=axes,
             opset_version=OPSET,
             dynamo=False,
         )
+        # Fold constants and write shapes down: the quantizer passes over what it cannot see through.
+        quant_pre_process(traced, str(path), skip_symbolic_shape=True)
 
 
-def to_int8(fp32: Path, int8: Path, images: np.ndarray) -> None:
-    """Quantize the ONNX model `fp32`, calibrated with `images` (I, 3, H, W) uint8.
+def quantize_layers(fp32: Path, int8: Path, images: np.ndarray, only: Collection[str] = ()) -> None:
+    """Quantize the ONNX model `fp32`, all of its layers or `only` some, calibrated with `images` (I, 3, H, W) uint8.
 
     Raises QuantizeError if a layer was left in fp32.
     """
-    with tempfile.TemporaryDirectory(dir=int8.parent) as scratch:
-        prepared = Path(scratch) / "prepared.onnx"
-        prepare(fp32, prepared)
-        quantize_prepared(prepared, int8, images)
-
-
-def prepare(fp32: Path, prepared: Path) -> None:
-    """`fp32` with constants folded and shapes written down, without which layers would be passed over."""
-    with _quiet():
-        quant_pre_process(str(fp32), str(prepared), skip_symbolic_shape=True)
-
-
-def quantize_prepared(prepared: Path, int8: Path, images: np.ndarray, only: Collection[str] = ()) -> None:
-    """`to_int8` of a prepared model; with `only`, of these layers alone."""
-    graph = onnx.load(prepared).graph
+    graph = onnx.load(fp32).graph
     chosen = [name for name in only or layers(graph)]
     convolved = [name for name in convolutions(graph) if name in chosen]
     products = [name for name in chosen if name not in convolved]
@@ -100,7 +90,7 @@ def quantize_prepared(prepared: Path, int8: Path, images: np.ndarray, only: Coll
         dynamic = Path(scratch) / "dynamic.onnx" if convolved else int8
         if products:  # an empty list would mean every node
             quantize_dynamic(
-                prepared,
+                fp32,
                 dynamic,
                 op_types_to_quantize=[kind for kind in WEIGHTED if kind != "Conv"],
                 per_channel=True,
@@ -109,7 +99,7 @@ def quantize_prepared(prepared: Path, int8: Path, images: np.ndarray, only: Coll
             )
         if convolved:
             quantize_static(
-                dynamic if products else prepared,
+                dynamic if products else fp32,
                 int8,
                 _Images(images),
                 op_types_to_quantize=["Conv", *BETWEEN],
@@ -192,11 +182,12 @@ class _Images(CalibrationDataReader):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the quantizer's advice on the root logger, which does not know the order of our steps."""
+    """Without the advice of exporter and quantizer on steps that are taken here in another order."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         logging.getLogger().setLevel(level)
 
@@ -212,19 +203,23 @@ def all_logits(logits: Logits, split: Split) -> np.ndarray:
 
 
 def sensitivity(fp32: Path, images: np.ndarray, split: Split) -> list[Result]:
-    """What each layer does to the answers when it alone is int8: KL divergence from fp32, mean over `split`."""
-    reference = torch.from_numpy(all_logits(ask.onnx_logits(fp32), split)).log_softmax(-1)
+    """What each layer of the model `fp32` does to the answers on `split` when it alone is int8."""
+    reference = all_logits(ask.onnx_logits(fp32), split)
     rows = []
-    with tempfile.TemporaryDirectory(dir=fp32.parent) as scratch:
-        prepared, alone = Path(scratch) / "prepared.onnx", Path(scratch) / "alone.onnx"
-        prepare(fp32, prepared)
-        for name in layers(onnx.load(prepared).graph):
-            quantize_prepared(prepared, alone, images, only=[name])
-            answered = torch.from_numpy(all_logits(ask.onnx_logits(alone), split)).log_softmax(-1)
-            change = kl_div(answered, reference, reduction="batchmean", log_target=True).item()
+    with tempfile.TemporaryDirectory() as scratch:
+        alone = Path(scratch) / "alone.onnx"
+        for name in layers(onnx.load(fp32).graph):
+            quantize_layers(fp32, alone, images, only=[name])
+            change = divergence(all_logits(ask.onnx_logits(alone), split), reference)
             labels = {"precision": f"int8 in {layer_name(name)}", "engine": ENGINE}
             rows.append(Result("kl_divergence", change, "nats", split="validation", labels=labels))
     return rows
+
+
+def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of the probabilities from those of `reference`; both (N, A)."""
+    own, true = (torch.from_numpy(values).double().log_softmax(-1) for values in (logits, reference))
+    return kl_div(own, true, reduction="batchmean", log_target=True).item()
 
 
 def layer_name(node: str) -> str:

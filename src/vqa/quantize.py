@@ -27,7 +27,7 @@ import torch
 from vqa import ask, sources
 from vqa.batches import Split
 from vqa.config import ConfigError
-from vqa.int8 import ENGINE, Logits, QuantizeError, all_logits, export, int8_kernels, to_int8
+from vqa.int8 import ENGINE, Logits, QuantizeError, all_logits, export, int8_kernels, quantize_layers
 from vqa.metrics import accuracy_results, cluster_interval, median_result, paired_difference
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count
@@ -47,7 +47,7 @@ def write_model(model: VQAModel, images: np.ndarray, folder: Path) -> None:
     Raises QuantizeError for a model that cannot be exported or was not quantized.
     """
     export(model, folder / "model-fp32.onnx")
-    to_int8(folder / "model-fp32.onnx", folder / "model-int8.onnx", images)
+    quantize_layers(folder / "model-fp32.onnx", folder / "model-int8.onnx", images)
     model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     files = ("model-fp32.onnx", "model-int8.onnx", "tokenizer.json")
     config = {
@@ -67,6 +67,7 @@ class Deployment:
     """What was deployed, and how it compares with the model it came from."""
 
     folder: Path
+    model: VQAModel
     predictions: pd.DataFrame  # of the int8 model on the test split, the fp32 model's beside them
     results: list[Result]
 
@@ -85,7 +86,7 @@ def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
     try:
         write_model(model, calibration_images(model, source), temporary)
         predictions = compare(model, source.splits["test"], temporary)
-        results = [*_accuracies(predictions), *_sizes(temporary)]
+        results = [*_accuracies(predictions), *sizes(temporary)]
         results += _latencies(model, split_for(model, source.splits["test"]), temporary)
         card = _card(run, model, source, [accuracy, *results])
         (temporary / "README.md").write_text(card)
@@ -93,7 +94,7 @@ def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return Deployment(folder, predictions, results)
+    return Deployment(folder, model, predictions, results)
 
 
 def calibration_images(model: VQAModel, source: sources.Source, count: int = CALIBRATION_IMAGES) -> np.ndarray:
@@ -139,12 +140,13 @@ def _accuracies(predictions: pd.DataFrame) -> list[Result]:
     return [*rows, Result("agreement", value, "%", low, high, "test", labels)]
 
 
-def _sizes(folder: Path) -> list[Result]:
+def sizes(folder: Path, **labels: str) -> list[Result]:
+    """Bytes of both files of a deployment folder, and how many nodes of the int8 one compute in int8."""
     rows = []
     for precision in PRECISIONS:
-        model, labels = folder / f"model-{precision}.onnx", {"precision": precision, "engine": ENGINE}
-        rows.append(Result("bytes_on_disk", model.stat().st_size, "bytes", labels=labels))
-    return [*rows, Result("int8_kernels", int8_kernels(folder / "model-int8.onnx"), "count", labels=labels)]
+        named = {"precision": precision, "engine": ENGINE, **labels}
+        rows.append(Result("bytes_on_disk", (folder / f"model-{precision}.onnx").stat().st_size, "bytes", labels=named))
+    return [*rows, Result("int8_kernels", int8_kernels(folder / "model-int8.onnx"), "count", labels=named)]
 
 
 def _latencies(model: VQAModel, split: Split, folder: Path) -> list[Result]:
@@ -174,23 +176,25 @@ def one_pair(split: Split) -> dict[str, np.ndarray]:
     return inputs | first | {"question_index": np.zeros(1, dtype=np.int64)}
 
 
-def interleaved(arms: dict[K, Logits], inputs: dict[str, np.ndarray], rounds: int) -> dict[K, list[float]]:
+def interleaved(
+    arms: dict[K, Logits], inputs: dict[str, np.ndarray], rounds: int, warmup: int = WARMUP_ROUNDS
+) -> dict[K, list[float]]:
     """Seconds of each arm on the same inputs: every arm in turn, then again, so that drift hits all alike."""
     seconds: dict[K, list[float]] = {name: [] for name in arms}
-    for round_ in range(WARMUP_ROUNDS + rounds):
+    for round_ in range(warmup + rounds):
         for name, logits in arms.items():
             started = time.perf_counter()
             logits(**inputs)
-            if round_ >= WARMUP_ROUNDS:
+            if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def latency_rows(seconds: dict[tuple[str, str], list[float]], **labels: str) -> list[Result]:
-    """Median and 95th percentile of each (precision, engine) in milliseconds, with intervals."""
+def latency_rows(seconds: dict[tuple[str, ...], list[float]], **labels: str) -> list[Result]:
+    """Median and 95th percentile of each (precision, engine), or (model, precision, engine), in milliseconds."""
     rows = []
-    for (precision, engine), spent in seconds.items():
-        named = {"precision": precision, "engine": engine, **labels}
+    for name, spent in seconds.items():
+        named = labels | dict(zip(("engine", "precision", "model"), reversed(name), strict=False))
         values = [1e3 * second for second in spent]
         rows.append(median_result("latency_p50_ms", values, "ms", named))
         rows.append(median_result("latency_p95_ms", values, "ms", named, quantile=0.95))
