@@ -7,7 +7,8 @@ import vqa
 
 PACKAGE = Path(vqa.__file__).parent
 LAYERS = [  # from the top; a module may import what stands below it
-    *("study", "report", "figures", "launch", "benchmark", "deployment", "train", "quantize", "int8"),
+    *("study", "report", "figures_deployment", "figures", "launch", "benchmark", "deployment", "train"),
+    *("quantize", "int8"),
     *("objectives", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
     *("losses", "metrics", "batches"),

@@ -10,7 +10,7 @@
 `costs`      several models side by side: operations, memory, training and answering speed
 `full_size`  memory of a step with the public full-size towers, which no accuracy is claimed of
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
-`quantization`, `latency`  what deployment gains and costs: see vqa.deployment
+`quantization`, `sensitivity`, `latency`  what deployment gains and costs, see vqa.deployment
 """
 
 import argparse
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqa import sources
 from vqa.batches import Batch
 from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Section, load_profile, load_section
-from vqa.deployment import latency, quantization
+from vqa.deployment import latency, quantization, sensitivity
 from vqa.distributed import Rank, check_devices, process_group
 from vqa.metrics import median_result
 from vqa.models import load_vqa_model
@@ -50,16 +50,8 @@ class BenchmarkConfig(Section):
     """What is measured (`kind`), on which training run, over how many steps an arm."""
 
     kind: Literal[
-        "overfit",
-        "grouping",
-        "precision",
-        "breakdown",
-        "sharing",
-        "costs",
-        "full_size",
-        "attention",
-        "quantization",
-        "latency",
+        *("overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size"),
+        *("attention", "quantization", "sensitivity", "latency"),
     ]
     run: RunConfig
     others: list[RunConfig] = Field(default_factory=list)  # measured beside it
@@ -352,9 +344,16 @@ def _ranged(name: str, call: Callable) -> Callable:
 
 
 MEASURES = {
-    measure.__name__: measure for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size)
+    measure.__name__: measure
+    for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size, sensitivity, latency)
 }
-WITH_FILES = {measure.__name__: measure for measure in (attention, quantization, latency)}  # leave more than rows
+LEAVING_FILES = {measure.__name__: measure for measure in (attention, quantization)}
+
+
+def measure(config: BenchmarkConfig, source: sources.Source, rank: Rank, run: Run) -> list[Result]:
+    if config.kind in LEAVING_FILES:
+        return LEAVING_FILES[config.kind](config, source, rank, run)
+    return MEASURES[config.kind](config, source, rank)
 
 
 def main() -> None:
@@ -367,11 +366,7 @@ def main() -> None:
         run = Run(config, module="vqa.benchmark")
         with process_group(config.launch) as rank, run.writing():
             source = load_data(config.run, rank)
-            rows = (
-                WITH_FILES[config.kind](config, source, rank, run)
-                if config.kind in WITH_FILES
-                else MEASURES[config.kind](config, source, rank)
-            )
+            rows = measure(config, source, rank, run)
             run.finish(rows)
             for row in rows:
                 print(f"{row.metric:28} {row.value:.4g} {row.unit}  {' '.join(row.labels.values())}", flush=True)

@@ -1,6 +1,7 @@
-"""What deployment gains and costs: the benchmark kinds `quantization` and `latency`.
+"""What deployment gains and costs: three benchmark kinds.
 
-`quantization`  a trained model's int8 file against its fp32 one: answers, bytes, time; which layers matter
+`quantization`  a trained model's int8 file against its fp32 one: answers, bytes, time
+`sensitivity`   which of its layers int8 changes most, and how many images calibrate it
 `latency`       models with random weights, usually of full size: time, throughput, memory, cold start
 """
 
@@ -23,12 +24,13 @@ from vqa import ask, sources
 from vqa.batches import train_tokenizer
 from vqa.config import RunConfig
 from vqa.distributed import Rank
-from vqa.int8 import ENGINE, Logits, all_logits, divergence, quantize_layers, sensitivity
+from vqa.int8 import ENGINE, Logits, all_logits, divergence, export, layer_name, layers, quantize_layers
 from vqa.metrics import median_result
+from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, without_public_weights
 from vqa.objectives import split_for, tokenizer_for
 from vqa.quantize import PRECISIONS, calibration_images, deploy, eager, interleaved, latency_rows, sizes, write_model
-from vqa.runs import Result, Run
+from vqa.runs import RUNS, Result, Run
 from vqa.train import autocast
 
 if TYPE_CHECKING:
@@ -54,25 +56,35 @@ def quantization(config: "BenchmarkConfig", source: sources.Source, rank: Rank, 
     made = deploy(trained, source, folder)
     with run.replacing("predictions.parquet") as path:
         made.predictions.to_parquet(path)
+    return made.results
+
+
+def sensitivity(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> list[Result]:
+    """How far int8 moves the answers from fp32: in each layer alone, and in all of them by calibration images."""
+    torch.set_num_threads(THREADS)
+    model = load_vqa_model(Run(config.run).folder / "model")
     held = source.splits["validation"]
-    split = split_for(made.model, held.select(range(min(JUDGED_IMAGES, len(held)))))
-    fp32 = folder / "model-fp32.onnx"
-    rows = [*made.results, *sensitivity(fp32, calibration_images(made.model, source), split)]
-    reference = all_logits(ask.onnx_logits(fp32), split)
+    split = split_for(model, held.select(range(min(JUDGED_IMAGES, len(held)))))
+    images = {count: calibration_images(model, source, count) for count in CALIBRATIONS}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for count in CALIBRATIONS:
-            quantized = Path(scratch) / "model.onnx"
-            quantize_layers(fp32, quantized, calibration_images(made.model, source, count))
-            change = divergence(all_logits(ask.onnx_logits(quantized), split), reference)
-            labels = {"precision": f"int8, {count} calibration images", "engine": ENGINE}
-            rows.append(Result("kl_divergence", change, "nats", split="validation", labels=labels))
+        fp32, int8 = Path(scratch) / "fp32.onnx", Path(scratch) / "int8.onnx"
+        export(model, fp32)
+        reference = all_logits(ask.onnx_logits(fp32, THREADS), split)
+        one_layer = {f"int8 in {layer_name(name)}": (CALIBRATIONS[-1], [name]) for name in layers(fp32)}
+        whole = {f"int8, {count} calibration images": (count, []) for count in CALIBRATIONS}
+        for label, (count, only) in (one_layer | whole).items():
+            quantize_layers(fp32, int8, images[count], only)
+            change = divergence(all_logits(ask.onnx_logits(int8, THREADS), split), reference)
+            named = {"precision": label, "engine": ENGINE}
+            rows.append(Result("kl_divergence", change, "nats", split="validation", labels=named))
     return rows
 
 
-def latency(config: "BenchmarkConfig", source: sources.Source, rank: Rank, run: Run) -> list[Result]:
+def latency(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> list[Result]:
     """Time, throughput, bytes, memory and cold start of `config.others`, with random weights, on THREADS threads."""
     torch.set_num_threads(THREADS)
-    with tempfile.TemporaryDirectory(dir=run.folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=RUNS) as scratch:
         places = {shape.role: Path(scratch) / shape.role for shape in config.others}
         models = {shape.role: untrained(shape, source) for shape in config.others}
         arms: dict[Arm, Logits] = {}

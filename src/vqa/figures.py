@@ -301,7 +301,7 @@ def fusion_costs(report: "Report") -> Figure:
     """Accuracy of each fusion against what a question costs it, in operations and in time."""
     results = report.results()
     costs = results[results["run"].str.contains("-costs-")]
-    accuracy = results.query("metric == 'accuracy' and split == 'test' and model == 'teacher'")
+    accuracy = results.query("metric == 'accuracy' and split == 'test' and model == 'teacher' and engine == 'eager'")
     made, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
     for axis, metric, words, scale in zip(
         axes,

@@ -21,10 +21,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch.nn.functional import kl_div
 
-from vqa import ask
 from vqa.batches import Split
 from vqa.models.vqa_model import VQAModel
-from vqa.runs import Result
 
 ENGINE = "ONNX Runtime"
 OPSET = 17
@@ -61,7 +59,6 @@ def export(model: VQAModel, path: Path) -> None:
     with _quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         traced = str(Path(scratch) / "traced.onnx")
         warnings.simplefilter("ignore")  # of constants in the trace; that shapes are free is tested
-        warnings.simplefilter("ignore")
         # The exporter by tracing names nodes by their place in the model, which lets layers be told apart.
         torch.onnx.export(
             model.eval(),
@@ -83,7 +80,7 @@ def quantize_layers(fp32: Path, int8: Path, images: np.ndarray, only: Collection
     Raises QuantizeError if a layer was left in fp32.
     """
     graph = onnx.load(fp32).graph
-    chosen = [name for name in only or layers(graph)]
+    chosen = [name for name in only or _weighted(graph)]
     convolved = [name for name in convolutions(graph) if name in chosen]
     products = [name for name in chosen if name not in convolved]
     with _quiet(), tempfile.TemporaryDirectory(dir=int8.parent) as scratch:
@@ -119,13 +116,14 @@ def _refuse_fp32(int8: Path, convolved: list[str], products: list[str], graph: o
         raise QuantizeError(f"only {found} of {wanted} layers run in int8")
 
 
-def layers(graph: onnx.GraphProto) -> list[str]:
-    """The nodes that hold a weight worth quantizing: convolutions, matrix products, embeddings."""
-    weights = {
-        tensor.name
-        for tensor in graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1
-    }
+def layers(model: Path) -> list[str]:
+    """The nodes of an ONNX file that hold a weight worth quantizing: convolutions, matrix products, embeddings."""
+    return _weighted(onnx.load(model).graph)
+
+
+def _weighted(graph: onnx.GraphProto) -> list[str]:
+    matrices = [tensor for tensor in graph.initializer if len(tensor.dims) > 1]
+    weights = {tensor.name for tensor in matrices if tensor.data_type == onnx.TensorProto.FLOAT}
     return [n.name for n in graph.node if n.op_type in WEIGHTED and n.input[WEIGHTED[n.op_type]] in weights]
 
 
@@ -200,20 +198,6 @@ def all_logits(logits: Logits, split: Split) -> np.ndarray:
         batch = split.batch(images[first : first + IMAGES_PER_BATCH])
         parts.append(logits(**{name: value.numpy() for name, value in batch.inputs().items()}))
     return np.concatenate(parts)
-
-
-def sensitivity(fp32: Path, images: np.ndarray, split: Split) -> list[Result]:
-    """What each layer of the model `fp32` does to the answers on `split` when it alone is int8."""
-    reference = all_logits(ask.onnx_logits(fp32), split)
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        alone = Path(scratch) / "alone.onnx"
-        for name in layers(onnx.load(fp32).graph):
-            quantize_layers(fp32, alone, images, only=[name])
-            change = divergence(all_logits(ask.onnx_logits(alone), split), reference)
-            labels = {"precision": f"int8 in {layer_name(name)}", "engine": ENGINE}
-            rows.append(Result("kl_divergence", change, "nats", split="validation", labels=labels))
-    return rows
 
 
 def divergence(logits: np.ndarray, reference: np.ndarray) -> float:

@@ -244,8 +244,8 @@ def _card(run: Run, model: VQAModel, source: sources.Source, results: list[Resul
 
 CARD = """# {role} for visual question answering, int8
 
-An image and a question in, one of {answers} out. Image tower {image}, text tower {text}, fusion {fusion},
-{parameters} parameters. Made from the run `{run}`.
+An image and a question in, one answer out. Image tower {image}, text tower {text}, fusion {fusion}, {parameters}
+parameters. Made from the run `{run}`. The answers it knows: {answers}.
 
     pip install -r requirements-edge.txt
     python -m vqa.ask IMAGE "QUESTION" --model THIS_FOLDER
@@ -260,9 +260,11 @@ On the {tested} images of the test split that the study uses; latency of one que
 |---|---|---|---|---|
 {rows}
 
-int8 loses {drop} to fp32 on the same questions and gives the same answer to {agreement} of them; {kernels} of its
-nodes run as int8 kernels. Machine: {cpu}, {threads} threads, ONNX Runtime {onnxruntime}, CPU flags: {flags}.
-Without AVX-512 VNNI (or AMX, or the like on another make) int8 is slower, and its answers can round differently.
+int8 loses {drop} to fp32 on the same questions and gives the same answer to {agreement} of them.
+{kernels} of its nodes run as int8 kernels.
+
+Machine: {cpu}, {threads} threads, ONNX Runtime {onnxruntime}, CPU flags {flags}.
+Without AVX-512 VNNI or AMX, or their like on another make, int8 is slower and can round differently.
 
 ## Limits
 It knows the images and the wording of its training data alone, and always gives an answer from its list. Images are

@@ -19,7 +19,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from vqa import figures, sources
+from vqa import (
+    figures,
+    figures_deployment,  # noqa: F401 - enters its figures in FIGURES
+    sources,
+)
 from vqa.config import ROOT, ConfigError, Profile, load_profile
 from vqa.runs import Run
 
@@ -135,7 +139,8 @@ def record(run: Run, folder: Path) -> None:
 def accuracy_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row a trained model: size, test accuracy with its interval, the blind baseline beside it."""
     rows = []
-    runs = results[results["metric"].isin(["accuracy", "accuracy_blind", "parameters", "training_seconds"])]
+    wanted = ["accuracy", "accuracy_blind", "parameters", "training_seconds"]
+    runs = results[results["metric"].isin(wanted) & (results["engine"] == "eager")]
     for (profile, run), group in runs.groupby(["profile", "run"], sort=False):
         test = group[group["split"] == "test"].set_index("metric")
         if "accuracy" not in test.index:
