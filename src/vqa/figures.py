@@ -234,7 +234,8 @@ def right_and_wrong(report: "Report") -> Figure:
 def accuracy_by_type(report: "Report") -> Figure:
     """Test accuracy by question type with 95 % intervals clustered by image, beside the blind baseline."""
     results = report.results()
-    rows = results[(results["split"] == "test") & results["metric"].str.startswith("accuracy_")]
+    rows = results[(results["split"] == "test") & (results["engine"] == "eager")]
+    rows = rows[rows["metric"].str.startswith("accuracy_")]
     rows = rows[~rows["metric"].isin(["accuracy_blind", "accuracy_minus_blind", "accuracy_written"])]
     kinds = sorted(rows["metric"].unique())
     made, axis = pyplot.subplots(figsize=(10, 4))

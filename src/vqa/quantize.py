@@ -36,7 +36,7 @@ from vqa.runs import Result, Run, RunError, environment
 
 PRECISIONS = ("fp32", "int8")
 CALIBRATION_IMAGES = 64
-WARMUP_ROUNDS, TIMED_ROUNDS = 5, 50
+WARMUP_ROUNDS, TIMED_ROUNDS = 3, 20
 
 K = TypeVar("K")
 
