@@ -190,7 +190,11 @@ def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path, side):
 
 @pytest.mark.parametrize(
     "question, sentence",
-    [("", "the question is empty"), (" \n", "the question is empty"), ("what " * 500, "502 tokens and the model reads 32")],
+    [
+        ("", "the question is empty"),
+        (" \n", "the question is empty"),
+        ("what " * 500, "502 tokens and the model reads 32"),
+    ],
 )
 def test_question_faults(deployed, photo, question, sentence):
     done = run(photo, question, "--model", deployed)
@@ -225,5 +229,5 @@ def test_another_answer_list_is_refused(folder):
 def test_without_a_model_there_is_one_sentence(photo, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ask", str(photo), QUESTION])
     monkeypatch.setattr(ask, "DEPLOYMENTS", photo.parent / "none")
-    with pytest.raises(SystemExit, match="^error: no model in "):
+    with pytest.raises(SystemExit, match=r"^error: no model in "):
         ask.main()
