@@ -20,6 +20,10 @@ def test_a_public_text_tower_gets_its_whole_vocabulary(source):
 
 def test_latency_measures_every_arm_and_the_ratios_follow(tiny_profile, source, one_rank, monkeypatch):
     monkeypatch.setattr(deployment, "STARTS", {"run": 1, "deployment": 1})
+    ask_alone = deployment._peak_of_asking  # PyTorch takes seconds to start: not here
+    monkeypatch.setattr(
+        deployment, "_peak_of_asking", lambda pair, model: ask_alone(pair, model) if model.name != "run" else 1
+    )
     shapes = [tiny_profile.run(role) for role in ("teacher", "student")]
     rows = latency(BenchmarkConfig(kind="latency", run=shapes[1], others=shapes, steps=3), source, one_rank)
     arms = {
@@ -37,8 +41,7 @@ def test_latency_measures_every_arm_and_the_ratios_follow(tiny_profile, source, 
     assert smaller == pytest.approx(
         found["bytes_on_disk", "eager", "fp32", models[0]] / found["bytes_on_disk", "ONNX Runtime", "int8", models[1]]
     )
-    memory = {key[1:]: value for key, value in found.items() if key[0] == "process_peak_memory_bytes"}
-    assert memory["ONNX Runtime", "int8", models[1]] < 0.5 * memory["eager", "fp32", models[1]]  # no torch in it
+    assert 30e6 < found["process_peak_memory_bytes", "ONNX Runtime", "int8", models[1]] < 250e6  # no torch in it
 
 
 def test_quantization_leaves_a_folder_that_ask_finds(trained, source, one_rank, tmp_path, monkeypatch):
