@@ -75,7 +75,9 @@ def deployment_pareto(report: "Report") -> Figure:
     """Every trained model of this study as it can be served: accuracy against bytes and against latency."""
     rows = rows_of(report, "quantization")
     served = rows.pivot_table(index=["model", "precision", "engine"], columns="metric", values="value", sort=False)
-    trained = report.results().query("metric in ('accuracy', 'bytes_on_disk') and engine == 'eager'")
+    trained = report.results().query(
+        "metric in ('accuracy', 'bytes_on_disk') and engine == 'eager' and split != 'validation'"
+    )
     made, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
     for place, ((model, precision, engine), own) in enumerate(served.iterrows()):
         if np.isnan(own["accuracy"]):  # PyTorch answers as its own run recorded
@@ -101,7 +103,8 @@ def deployment_latency(report: "Report") -> Figure:
     error = [p50["value"] - p50["low"], p50["high"] - p50["value"]]
     axis.barh(p50.index, p50["value"], xerr=error, color=GREYS[2], edgecolor="black", capsize=3, label="median [95 %]")
     axis.scatter(p95["value"], p95.index, marker="|", s=120, color="black", label="95th percentile", zorder=3)
-    axis.bar_label(axis.containers[-1], fmt="%.3g", fontsize=8, label_type="center")
+    for name, value in p50["value"].items():
+        axis.text(0.01, name, f"{value:.3g}", transform=axis.get_yaxis_transform(), fontsize=8, va="center")
     axis.invert_yaxis()
     axis.set(xscale="log", xlabel="milliseconds")
     axis.grid(axis="y", visible=False)
