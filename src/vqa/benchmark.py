@@ -12,6 +12,7 @@
 `caching`    a distillation step with cached targets, and with the teacher run beside it, against a plain step
 `understanding`  agreement, swaps, calibration, robustness and CKA of trained models; the first is the teacher
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
+`quantization`, `sensitivity`, `latency`  what deployment gains and costs, see vqa.deployment
 """
 
 import argparse
@@ -30,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqa import sources
 from vqa.batches import Batch
 from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Section, load_profile, load_section
+from vqa.deployment import latency, quantization, sensitivity
 from vqa.distributed import Rank, check_devices, process_group
+from vqa.metrics import median_result
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
 from vqa.objectives import OBJECTIVES, split_for, tokenizer_for
@@ -50,7 +53,7 @@ class BenchmarkConfig(Section):
 
     kind: Literal[
         *("overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size"),
-        *("caching", "understanding", "attention"),
+        *("caching", "understanding", "attention", "quantization", "sensitivity", "latency"),
     ]
     run: RunConfig
     others: list[RunConfig] = Field(default_factory=list)  # measured beside it
@@ -104,13 +107,6 @@ def interleave(arms: list[Arm], config: BenchmarkConfig) -> None:
             arm.step(images)
     for arm in arms:
         del arm.seconds[:WARMUP_STEPS]
-
-
-def median_result(metric: str, values: list[float], unit: str, labels: dict[str, str]) -> Result:
-    """The median of `values` with a 95 % interval from 2,000 bootstrap resamples."""
-    resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(resampled, axis=1), [0.025, 0.975])
-    return Result(metric, float(np.median(values)), unit, float(low), float(high), labels=labels)
 
 
 def overfit(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[Result]:
@@ -344,7 +340,10 @@ def _ranged(name: str, call: Callable) -> Callable:
 
 MEASURES = {
     measure.__name__: measure
-    for measure in (overfit, grouping, precision, breakdown, sharing, costs, full_size, caching)
+    for measure in (
+        *(overfit, grouping, precision, breakdown, sharing, costs, full_size, caching),
+        *(sensitivity, latency),
+    )
 }
 
 
@@ -353,6 +352,8 @@ def measure(config: BenchmarkConfig, source: sources.Source, rank: Rank, run: Ru
         return attention(Run(config.run), source, run)
     if config.kind == "understanding":
         return understanding([config.run, *config.others], source, rank.device)
+    if config.kind == "quantization":
+        return quantization(config, source, rank, run)
     return MEASURES[config.kind](config, source, rank)
 
 

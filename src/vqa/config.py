@@ -218,6 +218,7 @@ class Profile(Section):
     at_once: Positive = 1  # runs side by side, where a notebook asks for several
     benchmark_steps: Positive  # timed steps an arm
     fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
+    latency_of: str = "base"  # the profile whose models 06_quantization times, with random weights
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -234,7 +234,8 @@ def right_and_wrong(report: "Report") -> Figure:
 def accuracy_by_type(report: "Report") -> Figure:
     """Test accuracy by question type with 95 % intervals clustered by image, beside the blind baseline."""
     results = report.results()
-    rows = results[(results["split"] == "test") & results["metric"].str.startswith("accuracy_")]
+    rows = results[(results["split"] == "test") & (results["engine"] == "eager")]
+    rows = rows[rows["metric"].str.startswith("accuracy_")]
     rows = rows[~rows["metric"].isin(["accuracy_blind", "accuracy_minus_blind", "accuracy_written"])]
     kinds = sorted(rows["metric"].unique())
     made, axis = pyplot.subplots(figsize=(10, 4))
@@ -301,7 +302,7 @@ def fusion_costs(report: "Report") -> Figure:
     """Accuracy of each fusion against what a question costs it, in operations and in time."""
     results = report.results()
     costs = results[results["run"].str.contains("-costs-")]
-    accuracy = results.query("metric == 'accuracy' and split == 'test' and model == 'teacher'")
+    accuracy = results.query("metric == 'accuracy' and split == 'test' and model == 'teacher' and engine == 'eager'")
     made, axes = pyplot.subplots(1, 2, figsize=(12, 4), sharey=True)
     for axis, metric, words, scale in zip(
         axes,

@@ -168,3 +168,10 @@ def recall_results(images: torch.Tensor, captions: torch.Tensor, number: np.ndar
             value, low, high = (100 * part for part in cluster_interval(found, np.arange(len(found))))
             rows.append(Result(f"recall_at_{k}_{direction}", value, "%", low, high, split))
     return rows
+
+
+def median_result(metric: str, values: list[float], unit: str, labels: dict[str, str], quantile: float = 0.5) -> Result:
+    """The median of `values` (or another quantile) with a 95 % interval from 2,000 bootstrap resamples."""
+    resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.quantile(resampled, quantile, axis=1), [0.025, 0.975])
+    return Result(metric, float(np.quantile(values, quantile)), unit, float(low), float(high), labels=labels)

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from vqa import (
     figures,
+    figures_deployment,  # noqa: F401 - enters its figures in FIGURES
     figures_distillation,  # noqa: F401 - enters its figures in FIGURES
     sources,
 )
@@ -156,7 +157,8 @@ def record(run: Run, folder: Path) -> None:
 def accuracy_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row a trained model: size, test accuracy with its interval, the blind baseline beside it."""
     rows = []
-    runs = results[results["metric"].isin(["accuracy", "accuracy_blind", "parameters", "training_seconds"])]
+    wanted = ["accuracy", "accuracy_blind", "parameters", "training_seconds"]
+    runs = results[results["metric"].isin(wanted) & (results["engine"] == "eager")]
     for (profile, run), group in runs.groupby(["profile", "run"], sort=False):
         test = group[group["split"] == "test"].set_index("metric")
         if "accuracy" not in test.index:

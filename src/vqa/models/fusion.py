@@ -88,10 +88,10 @@ class CrossAttentionFusion(nn.Module):
         attention_mask: torch.Tensor,
         image_index: torch.Tensor,
         question_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, "PairRows"]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, "Rows"]:
         """What the last layer's look at the image is given: tokens and queries (N, T, D), memory (I, P, D), rows."""
         memory = self.image_in(image.tokens)
-        rows = PairRows.of(image_index, len(memory))
+        rows = pair_rows(image_index, len(memory))
         asked = self.layers[0].ask(self.text_in(text.tokens), attention_mask.bool())  # (U, T, D) each
         tokens, query = (each[question_index] for each in asked)
         for layer, following in pairwise(self.layers):
@@ -123,6 +123,32 @@ class PairRows(NamedTuple):
         """(I, Q, …) -> (N, …)."""
         return rows[self.image, self.place]
 
+    def keep(self, of_images: torch.Tensor) -> torch.Tensor:
+        """What belongs to each row's image, (I, …): the rows are the images."""
+        return of_images
+
+
+class LonePairs(NamedTuple):
+    """As PairRows, with each pair in a row of its own, so that no shape depends on the data: for an ONNX graph."""
+
+    image: torch.Tensor  # (N,)
+
+    def gather(self, pairs: torch.Tensor) -> torch.Tensor:
+        return pairs[:, None]
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, 0]
+
+    def keep(self, of_images: torch.Tensor) -> torch.Tensor:
+        return of_images[self.image]
+
+
+Rows = PairRows | LonePairs
+
+
+def pair_rows(image_index: torch.Tensor, images: int) -> Rows:
+    return LonePairs(image_index) if torch.onnx.is_in_onnx_export() else PairRows.of(image_index, images)
+
 
 class CrossAttentionLayer(nn.Module):
     """Question to question, question to image, feed-forward; each on top of what came in."""
@@ -143,13 +169,13 @@ class CrossAttentionLayer(nn.Module):
         tokens = tokens + self.self_out(join_heads(within))
         return tokens, self.cross_q(self.cross_norm(tokens))
 
-    def forward(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`tokens` (N, T, D) after their `query` has met their images' tokens (I, P, D), and the feed-forward."""
         tokens = self._seeing(tokens, query, memory, rows)
         return tokens + self.feed_forward(tokens)
 
     def summary(
-        self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows, mask: torch.Tensor
+        self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows, mask: torch.Tensor
     ) -> torch.Tensor:
         """The mean (N, D) of `forward` over the tokens in `mask` (N, T).
 
@@ -160,15 +186,15 @@ class CrossAttentionLayer(nn.Module):
         hidden = self.feed_forward[:-1](tokens)
         return (weights @ tokens + self.feed_forward[-1](weights @ hidden)).squeeze(1)
 
-    def attention(self, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+    def attention(self, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Where each token of a question looks, (N, heads, T, P), rows summing to one: for looking at, not training."""
         query = split_heads(query, self.heads)
         key = split_heads(self.cross_kv(memory).chunk(2, -1)[0], self.heads)[rows.image]
         return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
-    def _seeing(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: PairRows) -> torch.Tensor:
+    def _seeing(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
         query = rows.gather(query).flatten(1, 2)  # (I, Q T, D)
-        key, value = self.cross_kv(memory).chunk(2, -1)  # (I, P, D), once per image
+        key, value = rows.keep(self.cross_kv(memory)).chunk(2, -1)  # (I, P, D), once per image
         seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)
         return tokens + self.cross_out(rows.scatter(join_heads(seen).unflatten(1, (-1, tokens.shape[1]))))
 

@@ -1,0 +1,233 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqa import ask
+from vqa.ask import AskError, read_image
+from vqa.config import ROOT
+
+QUESTION = "what color is the shape?"
+ALONE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "datasets", "pandas", "pydantic", "onnx", "torchvision"}:
+            raise ImportError(f"{name} is not part of the edge install")
+sys.meta_path.insert(0, Refuse())
+import runpy
+runpy.run_module("vqa.ask", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def deployed(tiny_profile, source, tokenizer, tmp_path_factory):
+    """A deployment folder of a random student."""
+    import torch
+
+    from vqa.models.vqa_model import VQAModel
+    from vqa.quantize import calibration_images, write_model
+
+    torch.manual_seed(0)
+    config = tiny_profile.run("student")
+    model = VQAModel(config.model, tokenizer, source.answers, config.data.image_size)
+    folder = tmp_path_factory.mktemp("deployed")
+    write_model(model, calibration_images(model, source, 16), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(deployed, tmp_path):
+    """A copy of `deployed` to do harm to."""
+    for path in deployed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """64 x 64, all pixels different in hue from left to right, and darker to the bottom."""
+    across, down = np.meshgrid(np.arange(64), np.arange(64))
+    pixels = np.stack([4 * across, 255 - 4 * across, 255 - 3 * down], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def run(*arguments, code=None) -> subprocess.CompletedProcess:
+    command = [sys.executable, *(["-c", code] if code else ["-m", "vqa.ask"]), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+
+
+def test_answers_without_torch_or_transformers(deployed, photo):
+    done = run(photo, QUESTION, "--model", deployed, code=ALONE)
+    assert done.returncode == 0, done.stderr
+    shares = [float(line.split()[-2]) for line in done.stdout.splitlines()]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True) and sum(shares) <= 100
+    assert done.stderr.startswith("answered in ") and done.stderr.count("\n") == 1
+
+
+def test_the_requirements_of_the_edge_are_those_of_the_study():
+    pins = (ROOT / "requirements.txt").read_text().splitlines()
+    edge = [line for line in (ROOT / "requirements-edge.txt").read_text().splitlines() if not line.startswith("#")]
+    assert set(edge) <= set(pins)
+    names = {line.partition("==")[0].lower() for line in edge}
+    assert {"onnxruntime", "tokenizers", "pillow", "numpy"} <= names
+    assert not names & {"torch", "transformers"}
+
+
+def test_a_file_of_pairs_gives_the_answers_of_single_questions(deployed, photo):
+    flipped = photo.with_name("flipped.png")
+    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(flipped)
+    pairs = [("photo.png", QUESTION), ("flipped.png", QUESTION), ("photo.png", "is there a circle?")] * 3
+    lines = ["image,question", *(f"{image},{question}" for image, question in pairs)]
+    (photo.parent / "pairs.csv").write_text("\n".join(lines))
+    done = run("--pairs", photo.parent / "pairs.csv", "--model", deployed)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(",") for line in done.stdout.splitlines()[1:]]
+    answerer = ask.load(deployed)
+    for (image, question), row in zip(pairs, rows, strict=True):
+        (alone,) = answerer([(photo.parent / image, question)])
+        answer, probability = answerer.top(alone)[0]
+        # activations' ranges depend on what else is in the batch
+        assert row[2] == answer and float(row[3]) == pytest.approx(probability, abs=0.02)
+
+
+def test_pairs_without_the_columns_are_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("picture,question\na.png,what?\n")
+    with pytest.raises(AskError, match="needs the columns image and question"):
+        ask.read_pairs(tmp_path / "pairs.csv")
+
+
+def test_probabilities_are_the_softmax_of_pytorchs_logits(deployed, photo):
+    """fp32, against scipy-free arithmetic in float64."""
+    answerer = ask.from_deployment(deployed, "fp32")
+    kept = {}
+    logits, answerer.logits = answerer.logits, lambda **inputs: kept.setdefault("logits", logits(**inputs))
+    (row,) = answerer([(photo, QUESTION)])
+    powers = np.exp(kept["logits"][0].astype(np.float64))
+    assert np.allclose(row, powers / powers.sum(), atol=1e-6) and len(row) == len(answerer.answers)
+
+
+def test_images_of_every_kind_look_alike(photo):
+    plain = read_image(photo, 64).astype(int)
+    image = Image.open(photo)
+    assert plain.shape == (3, 64, 64) and (plain == np.asarray(image).transpose(2, 0, 1)).all()
+    image.putalpha(255)
+    image.save(photo.with_name("alpha.png"))
+    assert (read_image(photo.with_name("alpha.png"), 64) == plain).all()
+    Image.open(photo).quantize(256).save(photo.with_name("palette.png"))
+    assert np.abs(read_image(photo.with_name("palette.png"), 64) - plain).mean() < 8
+    Image.open(photo).convert("L").save(photo.with_name("grey.png"))
+    grey = read_image(photo.with_name("grey.png"), 64)
+    assert (grey[0] == grey[1]).all() and (grey[0] == grey[2]).all() and np.ptp(grey) > 20
+    deep = (np.asarray(Image.open(photo).convert("L")).astype(np.uint16)) * 257
+    Image.fromarray(deep).save(photo.with_name("deep.png"))
+    assert (read_image(photo.with_name("deep.png"), 64) == grey).all()
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_image(tmp_path / "clear.png", 8) == 255).all()
+
+
+def test_a_rotated_photograph_is_set_upright(photo):
+    """EXIF orientation 6: the camera was turned, the viewer must turn the pixels clockwise."""
+    lying = Image.open(photo).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(photo.with_name("lying.png"), exif=exif)
+    assert (read_image(photo.with_name("lying.png"), 64) == read_image(photo, 64)).all()
+
+
+def test_another_size_is_resized_as_torchvision_does(photo):
+    from torch import from_numpy
+    from torchvision.transforms.v2 import functional as vision
+
+    large = Image.open(photo).resize((150, 100), Image.Resampling.BICUBIC)
+    large.save(photo.with_name("large.png"))
+    pixels = from_numpy(np.asarray(large).transpose(2, 0, 1).copy())
+    expected = vision.resize(pixels, [64, 64], antialias=True).numpy().astype(int)
+    assert np.abs(read_image(photo.with_name("large.png"), 64) - expected).max() <= 1
+
+
+def test_image_faults_are_one_sentence_each(photo, tmp_path):
+    raw = photo.read_bytes()
+    files = {
+        "missing.png": (None, "there is no file"),
+        "text.png": (b"not an image", "is not an image"),
+        "cut.png": (raw[: len(raw) // 2], "damaged or cut short"),
+        "flipped.png": (raw[:60] + bytes([raw[60] ^ 255]) + raw[61:], "damaged or cut short"),
+        "empty.png": (b"", "is not an image"),
+    }
+    for name, (content, sentence) in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(AskError, match=sentence):
+            read_image(tmp_path / name, 64)
+    with pytest.raises(AskError, match="cannot be read"):
+        read_image(tmp_path, 64)  # a folder
+
+
+@pytest.mark.parametrize("side", [8000, 60000])
+def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path, side):
+    """64 million pixels, and more than Pillow itself opens; a few kilobytes as a file."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(AskError, match="more than 50 million pixels"):
+        read_image(tmp_path / "bomb.png", 64)
+
+
+@pytest.mark.parametrize(
+    "question, sentence",
+    [
+        ("", "the question is empty"),
+        (" \n", "the question is empty"),
+        ("what " * 500, "502 tokens and the model reads 32"),
+    ],
+)
+def test_question_faults(deployed, photo, question, sentence):
+    done = run(photo, question, "--model", deployed)
+    assert done.returncode == 1 and sentence in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["model-int8.onnx", "tokenizer.json", "config.json"])
+def test_a_flipped_byte_is_refused(folder, name):
+    raw = bytearray((folder / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (folder / name).write_bytes(raw)
+    with pytest.raises(AskError, match=rf"{name} (was altered after deployment|is damaged): deploy the model again"):
+        ask.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model-int8.onnx", "tokenizer.json", "config.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(AskError, match=name):
+        ask.load(folder)
+
+
+def test_another_answer_list_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["answers"].reverse()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AskError, match="altered"):
+        ask.load(folder)
+
+
+def test_without_a_model_there_is_one_sentence(photo, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ask", str(photo), QUESTION])
+    monkeypatch.setattr(ask, "DEPLOYMENTS", photo.parent / "none")
+    with pytest.raises(SystemExit, match=r"^error: no model in "):
+        ask.main()
