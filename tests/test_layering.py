@@ -7,7 +7,7 @@ import vqa
 
 PACKAGE = Path(vqa.__file__).parent
 LAYERS = [  # from the top; a module may import what stands below it
-    *("study", "report", "figures_deployment", "figures_distillation", "figures"),
+    *("study", "report", "figures_architecture", "figures_deployment", "figures_distillation", "figures"),
     *("launch", "benchmark", "deployment", "train", "quantize", "int8"),
     *("understanding", "objectives", "targets", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),

@@ -19,12 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from vqa import (
-    figures,
-    figures_deployment,  # noqa: F401 - enters its figures in FIGURES
-    figures_distillation,  # noqa: F401 - enters its figures in FIGURES
-    sources,
-)
+from vqa import figures, figures_architecture, figures_deployment, figures_distillation, sources  # noqa: F401 - they enter FIGURES
 from vqa.config import ROOT, ConfigError, Profile, load_profile
 from vqa.runs import Run
 
