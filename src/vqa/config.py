@@ -203,6 +203,23 @@ class RunConfig(Section):
         return f"{self.role}-{middle}-seed{self.seed}"
 
 
+class ScalingStudyConfig(Section):
+    """What 04_scaling measures."""
+
+    world_sizes: list[Positive] = [1, 2, 4]  # the first is the reference
+    images: Positive  # training images of the runs whose learning is compared
+    epochs: Positive
+    steps: Positive  # timed steps an arm
+
+
+class ForensicsStudyConfig(Section):
+    """What 07_forensics trains, for each seed and fault on 1, 2 and 4 simulated ranks."""
+
+    seeds: list[int] = Field(min_length=1)
+    images: Positive
+    epochs: Positive
+
+
 class Profile(Section):
     """One file of `params/`: the data, the models, how each is trained, and on what."""
 
@@ -217,6 +234,8 @@ class Profile(Section):
     launch: LaunchConfig
     at_once: Positive = 1  # runs side by side, where a notebook asks for several
     benchmark_steps: Positive  # timed steps an arm
+    scaling: ScalingStudyConfig
+    forensics: ForensicsStudyConfig
     fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
     latency_of: str = "base"  # the profile whose models 06_quantization times, with random weights
 

@@ -139,7 +139,12 @@ def _command(run: Run) -> list[str]:
 def _environment(config: Section) -> dict[str, str]:
     """Threads are pinned for one rank as for many: torchrun by itself does so only for many."""
     threads = str(config.launch.threads_per_rank)
-    return os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
+    return os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONUNBUFFERED": "1",
+        "KINETO_LOG_LEVEL": "99",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
 
 
 def main() -> None:

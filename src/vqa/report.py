@@ -19,7 +19,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ruamel.yaml import YAML
 
-from vqa import figures, figures_architecture, figures_deployment, figures_distillation, sources  # noqa: F401 - they enter FIGURES
+from vqa import (  # the figures_… enter their figures in FIGURES
+    figures,
+    figures_architecture,  # noqa: F401
+    figures_deployment,  # noqa: F401
+    figures_distillation,  # noqa: F401
+    figures_scaling,  # noqa: F401
+    sources,
+)
 from vqa.config import ROOT, ConfigError, Profile, load_profile
 from vqa.runs import Run
 

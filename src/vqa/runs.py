@@ -56,7 +56,7 @@ class Run:
     def needed(self) -> "list[Run]":
         """The runs that must be finished before this one can start: its aligned towers', its teacher's."""
         before = (getattr(self.config, name, None) for name in ("parent", "teacher"))
-        return [Run(config) for config in before if config]
+        return [Run(config, self.module) for config in before if config]
 
     @classmethod
     def open(cls, folder: Path) -> "Run":

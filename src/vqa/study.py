@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vqa import figures, sources
 from vqa.benchmark import BenchmarkConfig
-from vqa.config import ConfigError, RunConfig, digest, load_profile, near
+from vqa.config import ConfigError, RunConfig, Section, digest, load_profile, near
 from vqa.launch import launch
 from vqa.report import REPORTS, Report, record
 from vqa.runs import RUNS, Run
@@ -83,10 +83,15 @@ class Study:
         """The rows that benchmark `kind` gives for `runs` (the first is the one it is named by), measured once."""
         first, *others = runs
         config = BenchmarkConfig(kind=kind, run=first, others=others, steps=self.profile.benchmark_steps)
-        run = launch(Run(config, module="vqa.benchmark"))[0]
-        record(run, self.records)
+        return self.measure("vqa.benchmark", config)
+
+    def measure(self, module: str, *configs: Section) -> pd.DataFrame:
+        """The rows that the command `module` gives for each of `configs`, measured once, `at_once` side by side."""
+        runs = launch([Run(config, module) for config in configs], self.profile.at_once)
+        for run in runs:
+            record(run, self.records)
         rows = self.report.results()
-        return rows[rows["run"] == run.folder.name]
+        return rows[rows["run"].isin([run.folder.name for run in runs])]
 
     @staticmethod
     def verdict(expectation: str, holds: bool, found: str) -> "Verdict":

@@ -105,7 +105,9 @@ class Trainer:
             model.compile(dynamic=True)
         self.model: nn.Module = model
         if rank.world_size > 1:
-            devices = [rank.device] if rank.device.type == "cuda" else None
+            devices = None
+            if rank.device.type == "cuda":  # batch statistics of all ranks; on a CPU they stay each rank's own
+                devices, model = [rank.device], nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.model = DistributedDataParallel(model, device_ids=devices)
 
     def epoch(self, epoch: int, reporter: "Reporter") -> None:

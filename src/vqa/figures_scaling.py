@@ -1,0 +1,183 @@
+"""Figures of 04_scaling and 07_forensics, entered in FIGURES like the others."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from vqa.figures import GREYS, MARKERS, figure
+from vqa.forensics import EARLIER, EARLIER_RECIPE, SOUND
+from vqa.scaling import PARITY_STEPS, TOLERANCE
+
+if TYPE_CHECKING:
+    from vqa.report import Record, Report
+
+LINES = ("-", "--", ":")
+
+
+def measured(report: "Report", kind: str) -> "list[Record]":
+    """The records of scaling jobs of `kind`, by number of ranks."""
+    found = [record for record in report.records() if record.config.get("kind") == kind]
+    return sorted(found, key=lambda record: record.config["run"]["launch"]["world_size"])
+
+
+def examined(report: "Report") -> "list[Record]":
+    """The records of forensics jobs, by number of simulated ranks and seed."""
+    found = [record for record in report.records() if "ranks" in record.config]
+    return sorted(found, key=lambda record: (record.config["ranks"], record.config["run"]["seed"]))
+
+
+def by_ranks(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` of results with their world sizes as numbers, in order."""
+    return rows.astype({"world_size": int}).sort_values("world_size", kind="stable")
+
+
+def ranks_label(ranks: int) -> str:
+    return f"{ranks} rank" + "s" * (ranks > 1)
+
+
+def last_batches(report: "Report", fault: str) -> dict[int, np.ndarray]:
+    """Rank 0's own loss in every step of the last epoch under `fault`, all seeds, by number of ranks."""
+    steps = pd.concat([record.metrics for record in examined(report)])
+    chosen = steps[steps["fault"] == fault]
+    return {ranks: losses.to_numpy() for ranks, losses in chosen.groupby("ranks")["first_rank"]}
+
+
+@figure
+def parity_curves(report: "Report") -> Figure:
+    """Every step's loss at each world size, overlaid, and how far each lies from one rank's."""
+    curves = {
+        record.config["run"]["launch"]["world_size"]: record.metrics[record.metrics["step"] <= PARITY_STEPS]
+        for record in measured(report, "parity")
+    }
+    first, *others = curves
+    arms = list(curves[first]["arm"].unique())
+    made, axes = pyplot.subplots(2, len(arms), figsize=(4.4 * len(arms), 6), sharex=True, squeeze=False)
+    for (top, bottom), arm in zip(axes.T, arms, strict=True):
+        losses = {ranks: curve[curve["arm"] == arm].set_index("step")["loss"] for ranks, curve in curves.items()}
+        for place, (ranks, loss) in enumerate(losses.items()):
+            top.plot(loss, LINES[place % 3], lw=3 - place, color=GREYS[place], label=ranks_label(ranks))
+        for place, ranks in enumerate(others):
+            apart = (losses[ranks] / losses[first] - 1).abs().clip(lower=1e-9)
+            bottom.semilogy(apart, MARKERS[place], ms=4, mfc="none", color="black", label=ranks_label(ranks))
+        bottom.axhline(TOLERANCE, color="black", lw=1, ls="--")
+        top.set_title(arm)
+        bottom.set(xlabel="step", ylim=(5e-10, 1))
+    axes[0, 0].set_ylabel("loss, nats")
+    axes[1, 0].set_ylabel("relative difference\nfrom one rank (line: allowed)")
+    axes[0, -1].legend()
+    if others:
+        axes[1, -1].legend()
+    made.tight_layout()
+    return made
+
+
+@figure
+def step_times(report: "Report") -> Figure:
+    """A training step on 1, 2, … ranks: measured, and predicted from computing alone plus exchange."""
+    (record,) = measured(report, "speed")
+    rows = by_ranks(pd.DataFrame(record.rows(report.profile)))
+    made, axes = pyplot.subplots(1, 2, figsize=(11, 3.8))
+    titles = {"plain": "gradients exchanged every step", "plain, accumulated": "accumulated, exchanged once"}
+    for axis, (engine, title) in zip(axes, titles.items(), strict=True):
+        chosen = rows[rows["engine"] == engine]
+        found = chosen[chosen["metric"] == "step_seconds"]
+        predicted = chosen[chosen["metric"] == "predicted_step_seconds"].set_index("world_size")["value"]
+        places = np.arange(len(found))
+        spread = [1e3 * (found["value"] - found["low"]), 1e3 * (found["high"] - found["value"])]
+        axis.bar(places, 1e3 * found["value"], 0.6, yerr=spread, color=GREYS[2], edgecolor="black", label="measured")
+        axis.plot(places[1:], 1e3 * predicted, "kD", mfc="none", ms=8, label="predicted")
+        ideal = 1e3 * found["value"].iloc[0] / found["world_size"]
+        axis.plot(places, ideal, "k:", label="ideal")
+        axis.set_xticks(places, [ranks_label(ranks) for ranks in found["world_size"]])
+        axis.set(title=title, ylabel="step, ms")
+        axis.grid(axis="x", visible=False)
+    axes[0].legend()
+    made.tight_layout()
+    return made
+
+
+@figure
+def ddp_options(report: "Report") -> Figure:
+    """Each option of DistributedDataParallel alone: its step over the plain one's, on two ranks."""
+    return time_ratios(report, "speed")
+
+
+@figure
+def training_levers(report: "Report") -> Figure:
+    """This study's loop with one change at a time: its step over the unchanged one's."""
+    return time_ratios(report, "loops")
+
+
+def time_ratios(report: "Report", kind: str) -> Figure:
+    (record,) = measured(report, kind)
+    rows = pd.DataFrame(record.rows(report.profile)).query("metric == 'step_time_ratio'").iloc[::-1]
+    made, axis = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))
+    spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+    axis.errorbar(rows["value"], rows["engine"], xerr=spread, fmt="ko", capsize=4)
+    axis.axvline(1, color="black", ls="--", lw=1)
+    axis.set(xlabel="step time ÷ plain step time (below 1: faster)")
+    axis.margins(y=0.2)
+    return made
+
+
+@figure
+def training_loops(report: "Report") -> Figure:
+    """Questions a second of this study's loop and of others on the same pairs."""
+    (record,) = measured(report, "loops")
+    rows = pd.DataFrame(record.rows(report.profile)).query("metric == 'questions_per_second'")
+    rows = rows.sort_values("value")
+    made, axis = pyplot.subplots(figsize=(9, 3.2))
+    drawn = axis.barh(
+        rows["engine"],
+        rows["value"],
+        xerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
+        color=GREYS[2],
+        edgecolor="black",
+    )
+    axis.bar_label(drawn, fmt="{:,.0f}", padding=6, fontsize=9)
+    axis.set(xlabel="questions a second in training")
+    axis.margins(x=0.15)
+    axis.grid(axis="y", visible=False)
+    return made
+
+
+@figure
+def fault_effects(report: "Report") -> Figure:
+    """What each fault has the log report, and what was learned by one yardstick, on 1, 2 and 4 ranks."""
+    rows = by_ranks(pd.concat([pd.DataFrame(r.rows(report.profile)) for r in examined(report)]))
+    faults = list(rows["engine"].unique())
+    made, axes = pyplot.subplots(1, 2, figsize=(12, 0.5 * len(faults) + 1.4), sharey=True)
+    titles = {"reported_loss": "loss as reported", "yardstick_loss": "loss by one yardstick"}
+    for axis, (metric, title) in zip(axes, titles.items(), strict=True):
+        for place, (ranks, group) in enumerate(rows[rows["metric"] == metric].groupby("world_size")):
+            heights = np.array([faults.index(fault) for fault in group["engine"]]) + 0.2 * (place - 1)
+            axis.plot(
+                group["value"], heights, MARKERS[place], ms=6, mfc="none", color="black", label=ranks_label(ranks)
+            )
+        axis.set(title=title, xlabel="nats")
+    axes[0].set_yticks(range(len(faults)), faults)
+    axes[0].invert_yaxis()
+    axes[1].legend()
+    made.tight_layout()
+    return made
+
+
+@figure
+def earlier_table(report: "Report") -> Figure:
+    """Losses that a log of rank 0's last batch could have shown, beside the earlier table's three."""
+    made, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    titles = {SOUND: "trained soundly", EARLIER_RECIPE: "trained by the earlier recipe"}
+    for axis, (fault, title) in zip(axes, titles.items(), strict=True):
+        losses = last_batches(report, fault)
+        places = range(1, len(losses) + 1)
+        axis.boxplot(losses.values(), positions=places, widths=0.5, whis=(2.5, 97.5), showfliers=False)
+        axis.plot(places, [EARLIER[ranks] for ranks in losses], "kX", ms=10, label="the earlier table")
+        axis.set_xticks(places, [ranks_label(ranks) for ranks in losses])
+        axis.set(title=title, yscale="log")
+    axes[0].set_ylabel("rank 0's batch loss in the last epoch, nats\n(box: quartiles, whiskers: 95 %)")
+    axes[1].legend()
+    made.tight_layout()
+    return made
