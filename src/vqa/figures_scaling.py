@@ -35,6 +35,7 @@ def by_ranks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranks_label(ranks: int) -> str:
+    """1 rank, 2 ranks, …"""
     return f"{ranks} rank" + "s" * (ranks > 1)
 
 
@@ -112,6 +113,7 @@ def training_levers(report: "Report") -> Figure:
 
 
 def time_ratios(report: "Report", kind: str) -> Figure:
+    """The step_time_ratio rows of the scaling job of `kind`, with their intervals."""
     (record,) = measured(report, kind)
     rows = pd.DataFrame(record.rows(report.profile)).query("metric == 'step_time_ratio'").iloc[::-1]
     made, axis = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))

@@ -99,6 +99,7 @@ class Recorder:
         return self._batch(images, flips)
 
     def step(self, epoch: int, step: int, pairs: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """What Trainer.epoch says of each step it took."""
         self.losses.append(loss.cpu())
 
 
