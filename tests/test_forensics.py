@@ -14,6 +14,7 @@ from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 from conftest import TINY
 from vqa import forensics, sources
 from vqa.config import ConfigError, load_profile
+from vqa.figures_scaling import last_batches
 from vqa.forensics import (
     RECIPES,
     Recipe,
@@ -30,6 +31,7 @@ from vqa.forensics import (
 )
 from vqa.losses import contrastive_loss
 from vqa.objectives import Alignment
+from vqa.report import Report, record
 from vqa.runs import Run
 
 TOWERS = TINY["models.teacher"]  # transformers only: no batch statistics
@@ -255,12 +257,15 @@ def test_teachers(config, captioned, one_rank):
 
 def test_every_recipe_is_examined_on_every_number_of_ranks(captioned, one_rank, tmp_path, monkeypatch):
     monkeypatch.setattr("vqa.runs.RUNS", tmp_path)
-    rows, steps = [], []
-    for config in forensics_configs(load_profile("default", SETTINGS))[:3]:
+    profile = load_profile("default", SETTINGS)
+    report, rows, steps = Report(tmp_path / "report", profile), [], []
+    for config in forensics_configs(profile)[:3]:
         run = Run(config, "vqa.forensics")
-        run.folder.mkdir()
-        rows += examine(config, captioned, one_rank, run)
+        with run.writing():
+            rows += (found := examine(config, captioned, one_rank, run))
+            run.finish(found)
         steps.append(run.metrics())
+        record(run, report.folder / "records" / "07_forensics")
     table = pd.DataFrame([row.labels | {"metric": row.metric, "value": row.value} for row in rows])
     assert table.groupby("metric")["value"].agg(["size", "count"]).to_numpy().tolist() == [[27, 27]] * 4
     wide = table.pivot_table(index="engine", columns=["metric", "world_size"], values="value")
@@ -270,6 +275,14 @@ def test_every_recipe_is_examined_on_every_number_of_ranks(captioned, one_rank, 
     assert local["1"] == pytest.approx(sound["1"]) and local["4"] < local["2"] < local["1"] - 0.3
     logged = pd.concat(steps).groupby(["fault", "ranks"])
     assert local["2"] == pytest.approx(logged["loss"].mean()["local negatives", 2])
+    drawn = last_batches(report, "local negatives")
+    assert list(drawn) == [1, 2, 4] and len(drawn[2]) == logged.size()["local negatives", 2]
+    assert len(explained(report.results())) == len(RECIPES)
+    _, axis = (report.draw(name).axes[0] for name in ("earlier_table", "fault_effects"))
+    shown = [line for line in axis.lines if line.get_label() == "2 ranks"]
+    assert [value for line in shown for value in line.get_xdata()] == pytest.approx(
+        table[(table["metric"] == "reported_loss") & (table["world_size"] == "2")]["value"].tolist()
+    )
     single = logged["first_rank"].quantile([0.025, 0.975])["local negatives", 2]
     assert wide["last_batch_spread"].loc["local negatives", "2"] == pytest.approx(forensics.spread(*single))
 

@@ -7,6 +7,7 @@ from vqa import sources
 from vqa.batches import EpochPlan
 from vqa.launch import launch
 from vqa.prediction import BUCKET_BYTES, exposed_seconds, predictions
+from vqa.report import Report, record
 from vqa.runs import Run
 from vqa.scaling import KNOBS, Arm, Way, arm_name, compared, earlier_form, parity, parity_configs, shared_share
 
@@ -43,6 +44,15 @@ def test_only_the_job_of_many_ranks_is_compared(jobs):
     }
     assert two["loss_max_relative_difference"] < 2e-6 and two["gradient_relative_difference"] < 1e-5
     assert two["steps_with_other_images"] == two["questions_right_difference"] == 0
+
+
+def test_the_curves_drawn_are_the_losses(jobs, tiny_profile, tmp_path):
+    report = Report(tmp_path, tiny_profile)
+    for run in jobs:
+        record(run, tmp_path / "records" / "04_scaling")
+    top, bottom = report.draw("parity_curves").axes
+    assert [list(line.get_ydata()) for line in top.lines] == [run.metrics()["loss"].tolist() for run in jobs]
+    assert top.get_title() == "answers" and max(bottom.lines[0].get_ydata()) < 2e-6
 
 
 def test_differences_are_found(tmp_path):

@@ -44,7 +44,9 @@ DROPOUT = 0.1  # of a teacher left in train mode
 class Recipe:
     """How one alignment is trained. As it stands here, soundly; a fault changes one field."""
 
-    batch_grows: bool = False  # PAIRS_PER_RANK on each rank at an unchanged rate, in place of SOUND_BATCH over all
+    batch_grows: bool = (
+        False  # PAIRS_PER_RANK on each rank, the rate and the warm-up's steps unchanged; else SOUND_BATCH
+    )
     local_negatives: bool = False  # each rank compares its own pairs only
     schedule_part: float = 1.0  # of the schedule that is run
     second_temperature: float = 1.0  # divides logits that were scaled already
