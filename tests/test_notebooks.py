@@ -147,7 +147,7 @@ def test_the_smoke_report_is_complete(study_folder):
     assert {"accuracy", "accuracy_blind", "grouped_over_pairwise_ratio", "peak_memory_bytes"} <= set(results["metric"])
     for run in results["run"].unique():
         assert list(report.glob(f"records/*/{run}/config.yaml"))
-    assert len(list(report.glob("figures/*.png"))) >= 10
+    assert len(list(report.glob("figures/*/*.png"))) >= 10
 
 
 def test_running_a_notebook_again_trains_nothing(study_folder):

@@ -122,3 +122,12 @@ def test_the_readme_leaves_variations_to_the_reports(monkeypatch, one_report, tm
     monkeypatch.setattr(report, "REPORTS", tmp_path)
     report.write_readme()
     assert "10 %" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_notebook_does_not_see_what_later_ones_left(one_report, finished_run):
+    """On a fresh clone the committed records of later notebooks are there before those notebooks have run."""
+    seen = {name: Report(one_report.folder, one_report.profile, name).records() for name in ("01_a", "02_prototype")}
+    assert not seen["01_a"] and len(seen["02_prototype"]) == 1
+    record(finished_run, one_report.folder / "records" / "01_a")
+    (kept,) = Report(one_report.folder, one_report.profile, "01_a").records()
+    assert kept.folder.parent.name == "01_a"

@@ -137,3 +137,12 @@ def test_the_code_digest_changes_with_a_source_file(tmp_path, monkeypatch):
     second = runs.code_digest()
     source.write_text("x = 1\n")
     assert runs.code_digest() == first != second
+
+
+def test_what_the_code_digest_leaves_out_no_job_imports():
+    jobs = "vqa.train, vqa.benchmark, vqa.scaling, vqa.forensics"
+    seen = subprocess.run(
+        [sys.executable, "-c", f"import sys, {jobs}; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    modules = [name.removeprefix("vqa.") for name in seen.stdout.split() if name.startswith("vqa.")]
+    assert "train" in modules and not [name for name in modules if name.startswith(runs.BESIDE_THE_JOBS)]

@@ -95,10 +95,13 @@ class Record:
 
 
 class Report:
-    """The report of one profile: its records, and what is drawn from them."""
+    """The report of one profile: its records, and what is drawn from them.
 
-    def __init__(self, folder: Path, profile: Profile):
-        self.folder, self.profile = folder, profile
+    For a `notebook` it ends there: what later ones left, perhaps in another year, is not seen.
+    """
+
+    def __init__(self, folder: Path, profile: Profile, notebook: str = "~"):
+        self.folder, self.profile, self.notebook = folder, profile, notebook  # "~" comes after every name
 
     @functools.cached_property
     def source(self) -> sources.Source:
@@ -108,7 +111,8 @@ class Report:
         """Every record once, though several notebooks may have kept it, in the order of the notebooks."""
         found: dict[str, Path] = {}
         for path in sorted(self.folder.glob("records/*/*/results.json")):
-            found.setdefault(path.parent.name, path.parent)
+            if path.parents[1].name <= self.notebook:
+                found.setdefault(path.parent.name, path.parent)
         return [Record(folder) for folder in found.values()]
 
     def answer_runs(self) -> list[Record]:
@@ -140,10 +144,11 @@ class Report:
         return table
 
     def draw(self, name: str) -> Figure:
-        """Figure `name` (a function of vqa.figures), saved as figures/<name>.png."""
+        """Figure `name` (a function of the figures modules), saved as figures/<notebook>/<name>.png."""
         figure = figures.FIGURES[name](self)
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.folder / "figures" / f"{name}.png")
+        folder = self.folder / "figures" / self.notebook
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / f"{name}.png")
         return figure
 
 
@@ -216,9 +221,9 @@ def main() -> None:
         for name in arguments.profiles:
             report = Report(REPORTS / name, load_profile(name))
             report.write_results()
-            for figure in sorted(report.folder.glob("figures/*.png")):
-                report.draw(figure.stem)
-                print(figure.relative_to(ROOT))
+            for figure in sorted(report.folder.glob("figures/*/*.png")):
+                Report(report.folder, report.profile, figure.parent.name).draw(figure.stem)
+                print(figure.relative_to(REPORTS))
     except (ConfigError, sources.SourceError) as error:
         sys.exit(f"error: {error}")
     if arguments.readme:

@@ -141,6 +141,9 @@ class Run:
         return json.loads((self.folder / "env.json").read_text())
 
 
+BESIDE_THE_JOBS = ("study", "report", "figures", "launch")  # modules that start jobs or read what they left
+
+
 def environment() -> dict:
     """What a reader needs to judge or repeat a number: versions, code, machine, command."""
     packages = ("torch", "torchvision", "transformers", "tokenizers", "datasets", "numpy")
@@ -158,8 +161,9 @@ def environment() -> dict:
 
 
 def code_digest() -> str:
-    """Changes when a source file of this package changes: a reused run can tell that it is older."""
-    sources = sorted((ROOT / "src" / "vqa").rglob("*.py"))
+    """Changes when a source file that a job may import changes: a reused run can tell that it is older."""
+    files = sorted((ROOT / "src" / "vqa").rglob("*.py"))
+    sources = [path for path in files if not path.name.startswith(BESIDE_THE_JOBS)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 

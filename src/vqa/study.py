@@ -51,7 +51,7 @@ class Study:
         """
         self.profile = load_profile(profile, overrides)
         folder = REPORTS / profile if not overrides else RUNS / "reports" / f"{profile}-{digest(self.profile)}"
-        self.report = Report(folder, self.profile)
+        self.report = Report(folder, self.profile, notebook)
         self.records = folder / "records" / notebook
         shutil.rmtree(self.records, ignore_errors=True)  # made again by this notebook, from its own runs
         self.records.mkdir(parents=True)
