@@ -128,7 +128,6 @@ class _Others(transformers.TrainerCallback):
         images = next(self.steps)
         for arm in self.arms:
             arm.step(images)
-        self.arms = [*self.arms[1:], self.arms[0]]  # who comes first after Trainer finds cold caches: in turn
         self.resumed = time.perf_counter()
 
 
