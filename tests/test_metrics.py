@@ -71,6 +71,9 @@ def test_interval_stays_inside_and_keeps_a_width_at_the_ends():
     image = np.repeat(np.arange(20), 10)
     right, wrong = (cluster_interval(np.full(200, value), image) for value in (True, False))
     assert right == pytest.approx((1, 20 / (20 + Z**2), 1)) and wrong == pytest.approx((0, 0, 1 - right[1]))
+    for count in range(1, 2000, 7):  # rounding must not put an end on the wrong side of the share
+        one, low, high = cluster_interval(np.ones(count, bool), np.arange(count))
+        assert low <= one <= high
     for only in (0, 199):
         share, low, high = cluster_interval(np.arange(200) != only, image)
         assert 0 <= low < share < high <= 1

@@ -25,7 +25,7 @@ def cluster_interval(correct: np.ndarray, image: np.ndarray) -> tuple[float, flo
     effective = share * (1 - share) / variance if variance > 0 else clusters
     centre = (share + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
     half = Z / (1 + Z**2 / effective) * np.sqrt(share * (1 - share) / effective + Z**2 / (4 * effective**2))
-    return share, max(centre - half, 0.0), min(centre + half, 1.0)
+    return share, min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)  # whatever rounding does
 
 
 def paired_difference(first: pd.Series, second: pd.Series, image: pd.Series) -> tuple[float, float, float]:
