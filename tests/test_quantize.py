@@ -132,7 +132,7 @@ def test_arms_take_turns():
     order = []
     arms = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = interleaved(arms, {}, rounds=2, warmup=1)
-    assert order == list("ababab") and all(len(spent) == 2 for spent in seconds.values())
+    assert order == list("aabb" * 3) and all(len(spent) == 2 for spent in seconds.values())
 
 
 def test_latency_rows_are_in_milliseconds():

@@ -192,9 +192,10 @@ def accuracy_by_type(report: "Report") -> Figure:
     rows = results[(results["split"] == "test") & (results["engine"] == "eager")]
     rows = rows[rows["metric"].str.startswith("accuracy_")]
     rows = rows[~rows["metric"].isin(["accuracy_blind", "accuracy_minus_blind", "accuracy_written"])]
+    records = report.answer_runs()
+    rows = rows[rows["run"].isin([record.name for record in records])]
     kinds = sorted(rows["metric"].unique())
     made, axis = pyplot.subplots(figsize=(10, 4))
-    records = report.answer_runs()
     for place, record in enumerate(records):
         own = rows[rows["run"] == record.name].set_index("metric").loc[kinds]
         at = np.arange(len(kinds)) + (place - (len(records) - 1) / 2) * 0.15
