@@ -43,6 +43,16 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ["VQA_RUNS"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """Jobs set their number of threads, which decides the last bits of a sum; the next test must not inherit it."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_profile() -> Profile:
     """The default profile with 64 + 32 + 32 images and towers of a few thousand weights."""
