@@ -1,3 +1,4 @@
+import math
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_a_vit_with_a_conv_stem_has_as_many_tokens_as_with_patches(pixels):
     plain, conv = (tower("vit", patch_size=8, stem=stem, **TINY) for stem in ("patch", "conv"))
     assert plain(pixels[:, :, :32, :32]).tokens.shape == conv(pixels[:, :, :32, :32]).tokens.shape == (3, 17, 32)
     assert isinstance(conv.vit.embeddings.patch_embeddings.projection, ConvStem)
+
+
+def test_a_fresh_vits_positions_are_sines_and_cosines_of_row_and_column():
+    """Each by its formula: a quarter of the width a wave of the column (sine, cosine), then the same of the row."""
+    found = tower("vit", **TINY, patch_size=8).vit.embeddings.position_embeddings[0]  # 32 pixels: 4 x 4 patches
+    assert found.requires_grad and not found[0].any()
+    for patch in range(16):
+        for wave in range(8):
+            angles = [place / 10_000 ** (wave / 7) for place in (patch % 4, patch // 4)]
+            expected = [turn(angle) for angle in angles for turn in (math.sin, math.cos)]
+            assert found[1 + patch, [wave, 8 + wave, 16 + wave, 24 + wave]].tolist() == pytest.approx(
+                expected, abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet18"])

@@ -73,7 +73,8 @@ with process_group(LaunchConfig(world_size=2, threads_per_rank=1)) as rank:
                 loss = objective.loss(network, batch, images)
             else:
                 vectors = network(**batch.inputs())
-                loss = contrastive_loss(*vectors[:2], batch.question_number[batch.question_index], vectors[2])
+                numbers = batch.image_index, batch.question_number[batch.question_index]
+                loss = contrastive_loss(*vectors[:2], *numbers, vectors[2])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(objective.model.parameters(), config.run.train.max_grad_norm)
             optimize.step()
@@ -149,7 +150,7 @@ class Numbered:
 
     def __init__(self, number: list[int]):
         self.question_number = torch.tensor(number)
-        self.question_index = torch.arange(len(number))
+        self.image_index = self.question_index = torch.arange(len(number))
 
     def inputs(self) -> dict:
         return {}
@@ -161,13 +162,14 @@ NUMBER = [0, 1, 2, 3, 4, 5, 6, 0, 8, 9, 10, 11, 12, 13, 1, 0]
 def test_each_fault_of_the_loss_is_the_loss_it_names():
     model, batch = Fixed(2), Numbered(NUMBER)
     images, captions, scale = model.vectors
-    number = batch.question_number
+    image, caption = batch.image_index, batch.question_number
     expected = {
-        "none": [contrastive_loss(images, captions, number, scale)] * 2,
+        "none": [contrastive_loss(images, captions, image, caption, scale)] * 2,
         "local negatives": [
-            contrastive_loss(images[part], captions[part], number[part], scale) for part in (slice(8), slice(8, 16))
+            contrastive_loss(images[part], captions[part], image[part], caption[part], scale)
+            for part in (slice(8), slice(8, 16))
         ],
-        "temperature applied twice": [contrastive_loss(images, captions, number, scale / 0.07)] * 2,
+        "temperature applied twice": [contrastive_loss(images, captions, image, caption, scale / 0.07)] * 2,
         "equal captions as negatives": [image_text_contrastive_loss(scale * captions @ images.T)] * 2,
     }
     for fault, losses in expected.items():

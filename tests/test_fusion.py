@@ -22,8 +22,12 @@ IMAGES, WIDTH, HEADS = 5, 8, 2
 
 
 def build(kind: str, profile: Profile, tokenizer, answers: list[str]) -> VQAModel:
+    """A small teacher with fusion `kind`; "cross_attention of summaries" is the one with that kind of queries."""
     torch.manual_seed(0)
+    kind, _, summaries = kind.partition(" of ")
     sizes = {"image_encoder__patch_size": 32, "image_encoder__layers": 1, "fusion__kind": kind}
+    if summaries:
+        sizes["fusion__queries"] = "summary"
     config = profile.run("teacher", **{f"model__{key}": size for key, size in sizes.items()})
     return vqa_model(config.model, tokenizer, answers, config.data.image_size)
 
@@ -67,7 +71,7 @@ def batch(source, tokenizer) -> Batch:
     return first_images(source, tokenizer)
 
 
-@pytest.fixture(params=["concat", "cross_attention", "unified_decoder"])
+@pytest.fixture(params=["concat", "cross_attention", "cross_attention of summaries", "unified_decoder"])
 def model(request, tiny_profile, source, tokenizer) -> VQAModel:
     """One with each fusion (the decoder is its own)."""
     return build(request.param, tiny_profile, tokenizer, source.answers)

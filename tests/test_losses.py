@@ -29,31 +29,42 @@ def vectors():
     return [normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=1) for _ in range(2)]
 
 
-def by_the_formula(images, captions, number, scale) -> float:
-    """Written out: -log of the share that a right choice has among all choices."""
-    n, total = len(number), 0.0
+def by_the_formula(images, captions, image_number, caption_number, scale) -> float:
+    """Written out, for each row: -log of the share that its own choice has among all distinct ones."""
+    n, total = len(image_number), 0.0
     score = lambda i, c: math.exp(scale * float(images[i] @ captions[c]))  # noqa: E731
+    distinct_images, distinct_captions = (
+        [number.index(k) for k in set(number)] for number in (image_number, caption_number)
+    )
     for row in range(n):
-        choices = [number.index(c) for c in set(number)]
-        total += -math.log(score(row, number.index(number[row])) / sum(score(row, c) for c in choices))
-        everyone = sum(score(i, number.index(number[row])) for i in range(n))
-        right = [i for i in range(n) if number[i] == number[row]]
-        total += -sum(math.log(score(i, number.index(number[row])) / everyone) for i in right) / len(right)
+        total += -math.log(score(row, row) / sum(score(row, c) for c in distinct_captions))
+        total += -math.log(score(row, row) / sum(score(i, row) for i in distinct_images))
     return total / (2 * n)
 
 
-@pytest.mark.parametrize("number", [[0, 1, 2, 3, 4, 5], [5, 2, 5, 0, 2, 5], [3, 3, 3, 3, 3, 3]])
-def test_contrastive_loss_is_its_formula(vectors, number):
+@pytest.mark.parametrize(
+    ("image_number", "caption_number"),
+    [
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]),
+        ([0, 1, 2, 3, 4, 5], [5, 2, 5, 0, 2, 5]),  # one caption each, some the same
+        ([0, 1, 2, 3, 4, 5], [3, 3, 3, 3, 3, 3]),
+        ([4, 4, 1, 1, 0, 0], [0, 1, 2, 3, 4, 5]),  # two captions each
+        ([4, 4, 1, 1, 0, 0], [5, 2, 5, 0, 2, 3]),
+    ],
+)
+def test_contrastive_loss_is_its_formula(vectors, image_number, caption_number):
     images, captions = vectors
-    captions = captions[[number.index(c) for c in number]]  # the same words have the same vector
+    images = images[[image_number.index(i) for i in image_number]]  # the same image has the same vector,
+    captions = captions[[caption_number.index(c) for c in caption_number]]  # and so have the same words
     scale = torch.tensor(3.0, dtype=torch.float64)
-    loss = contrastive_loss(images, captions, torch.tensor(number), scale)
-    assert loss.item() == pytest.approx(by_the_formula(images, captions, number, 3.0), rel=1e-10)
+    loss = contrastive_loss(images, captions, torch.tensor(image_number), torch.tensor(caption_number), scale)
+    expected = by_the_formula(images, captions, image_number, caption_number, 3.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_contrastive_loss_is_clips_where_captions_are_distinct(vectors):
     images, captions = vectors
-    loss = contrastive_loss(images, captions, torch.arange(6), torch.tensor(7.0))
+    loss = contrastive_loss(images, captions, torch.arange(6), torch.arange(6), torch.tensor(7.0))
     assert loss.item() == pytest.approx(image_text_contrastive_loss(7.0 * captions @ images.T).item(), rel=1e-10)
 
 
@@ -61,7 +72,7 @@ def test_an_image_of_an_equal_caption_is_no_negative(vectors):
     """Perfect vectors for three captions, two images each: what is left is the choice between two right images."""
     number = torch.tensor([0, 1, 2, 0, 1, 2])
     perfect = torch.eye(3, dtype=torch.float64)[number]
-    loss = contrastive_loss(perfect, perfect, number, torch.tensor(100.0))
+    loss = contrastive_loss(perfect, perfect, torch.arange(6), number, torch.tensor(100.0))
     assert loss.item() == pytest.approx(math.log(2) / 2, rel=1e-6)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torchvision.transforms.v2 import functional as vision
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vqa.sources import pairs
+from vqa.sources import SIDES, pairs
 
 VIEWS = np.array([[False, False], [True, False], [False, True], [True, True]])  # all flips, by Batch.view
 UNKNOWN_ANSWER = -1  # label of an answer outside the vocabulary: never predicted, so always wrong
@@ -86,6 +86,10 @@ class Split:
         self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
         label = {answer: index for index, answer in enumerate(answers)}
         self.label_of = np.array([label.get(answer, UNKNOWN_ANSWER) for answer in self.frame["answer"]])
+        self.side_of = self.frame["question_type"].map(SIDES).fillna(0).to_numpy(int)  # 0: mirroring changes no answer
+        opposite = {"yes": "no", "no": "yes"}
+        turned = [label.get(opposite.get(answer, answer), UNKNOWN_ANSWER) for answer in answers]
+        self.opposite_of = np.array([*turned, UNKNOWN_ANSWER])  # by label; the last is the unknown answer's own
 
     def __len__(self) -> int:
         """The number of images."""
@@ -98,15 +102,17 @@ class Split:
     def batch(self, images: np.ndarray, flips: np.ndarray | None = None) -> Batch:
         """The batch of `images` (numbers in table order) with all their questions.
 
-        `flips` (I, 2) of bool mirrors an image left-right and top-bottom.
+        `flips` (I, 2) of bool mirrors an image left-right and top-bottom, and with it the answers that ask for sides.
         """
         rows = self.pairs_of(images)
         counts = self.first_pair[images + 1] - self.first_pair[images]
         questions, question_index = np.unique(self.question_of[rows], return_inverse=True)
         mask = self.attention_mask[questions]
         longest = int(mask.sum(1).max())
-        pixels = self.images[images]
+        pixels, labels, view = self.images[images], self.label_of[rows], np.zeros(len(images), int)
         if flips is not None:
+            view = flips @ [1, 2]
+            labels = np.where(self.side_of[rows] & np.repeat(view, counts), self.opposite_of[labels], labels)
             pixels[flips[:, 0]] = pixels[flips[:, 0]].flip(-1)
             pixels[flips[:, 1]] = pixels[flips[:, 1]].flip(-2)
         if pixels.shape[-1] != self.image_size:
@@ -118,9 +124,9 @@ class Split:
             mask[:, :longest],
             torch.from_numpy(question_index),
             torch.from_numpy(questions),
-            torch.from_numpy(self.label_of[rows]),
+            torch.from_numpy(labels),
             torch.from_numpy(images),
-            torch.from_numpy(np.zeros(len(images), int) if flips is None else flips @ [1, 2]),
+            torch.from_numpy(view),
             torch.from_numpy(rows),
         )
 

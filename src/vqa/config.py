@@ -38,6 +38,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
+CAPTIONS_NAME_SIDES = ("sort_of_clevr",)  # data sets whose captions a mirrored image would belie
 
 
 class DataConfig(Section):
@@ -48,7 +49,7 @@ class DataConfig(Section):
     train_images: Positive | None = None  # use only the first so many (shuffled); None: all
     test_images: Positive | None = None
     question_fraction: Share = 1.0  # of each training image's questions, at least one an image
-    flips: bool = True  # mirror images at random (left-right, top-bottom); answers stay true
+    flips: bool = True  # mirror images at random (left-right, top-bottom), and answers that name sides with them
 
 
 class ImageEncoderConfig(Section):
@@ -92,6 +93,7 @@ class FusionConfig(Section):
     width: Positive = 256
     layers: Positive = 2  # concat has none
     heads: Positive = 4
+    queries: Literal["tokens", "summary"] = "tokens"  # cross attention: what of a question meets the image
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -162,8 +164,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.data.source == "sort_of_clevr" and self.data.flips:
-            raise ValueError("data.flips must be false for sort_of_clevr, which asks for left and right")
+        if self.objective == "alignment" and self.data.flips and self.data.source in CAPTIONS_NAME_SIDES:
+            raise ValueError(f"data.flips must be false to align on {self.data.source}, whose captions name sides")
         encoder, size = self.model.image_encoder, self.data.image_size
         parts = self.launch.world_size * self.train.gradient_accumulation_steps
         if encoder.kind == "vit" and size % encoder.patch_size:
@@ -276,7 +278,9 @@ class Profile(Section):
 
     def _alignment_of(self, role: str, raw: dict) -> dict:
         """The run that aligns the towers of run `raw`. It has no fusion, so all fusions can share it."""
+        data = raw["data"] | {"flips": raw["data"]["flips"] and raw["data"]["source"] not in CAPTIONS_NAME_SIDES}
         return raw | {
+            "data": data,
             "objective": "alignment",
             "teacher": None,
             "distillation": None,

@@ -189,15 +189,15 @@ def rank_losses(model: nn.Module, batch: Batch, ranks: int, recipe: Recipe, teac
     """(ranks,) the loss that each simulated rank would see; DDP follows the gradient of their mean."""
     images, captions, scale = model(**batch.inputs())
     scale = scale / recipe.second_temperature
-    number = batch.question_number[batch.question_index]
+    image, caption = batch.image_index, batch.question_number[batch.question_index]
     if recipe.equal_captions_are_negatives:
-        number = torch.arange(len(number), device=number.device)
+        caption = image  # each image's own
     if not recipe.local_negatives:  # gathered: every rank has the loss of all pairs
-        loss = contrastive_loss(images, captions, number, scale)
+        loss = contrastive_loss(images, captions, image, caption, scale)
         if teacher is not None:
             loss = (loss + _row_divergence(images @ captions.T * scale, teacher, batch)) / 2
         return loss.expand(ranks)
-    shares = zip(images.chunk(ranks), captions.chunk(ranks), number.chunk(ranks), strict=True)
+    shares = zip(*(part.chunk(ranks) for part in (images, captions, image, caption)), strict=True)
     return torch.stack([contrastive_loss(*share, scale) for share in shares])
 
 

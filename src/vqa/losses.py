@@ -39,21 +39,25 @@ def feature_loss(features: torch.Tensor, teacher: torch.Tensor, index: torch.Ten
 
 
 def contrastive_loss(
-    images: torch.Tensor, captions: torch.Tensor, caption_number: torch.Tensor, scale: torch.Tensor
+    images: torch.Tensor,
+    captions: torch.Tensor,
+    image_number: torch.Tensor,
+    caption_number: torch.Tensor,
+    scale: torch.Tensor,
 ) -> torch.Tensor:
-    """Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020, figure 3) that knows equal captions.
+    """Symmetric InfoNCE (CLIP, https://arxiv.org/abs/2103.00020, figure 3) that knows what belongs together.
 
-    `images`, `captions` (N, E) are unit vectors, row n a true pair; `caption_number` (N,) is equal
-    where the captions are the same words. An image chooses among the distinct captions; a caption
-    among all images, each that it is true of being right (the mean over them, as SupCon's L_out,
-    https://arxiv.org/abs/2004.11362). With N distinct captions this is CLIP's loss.
+    `images`, `captions` (N, E) are unit vectors, row n a true pair; the numbers (N,) are equal where
+    the image is the same, or the caption the same words. An image chooses among the distinct captions,
+    a caption among the distinct images; where several are right, the mean over them counts (SupCon's
+    L_out, https://arxiv.org/abs/2004.11362). With N distinct images and captions this is CLIP's loss.
     """
-    same = caption_number[:, None] == caption_number[None, :]  # (N, N)
-    first = same.int().argmax(1)  # the first row that has the same caption
-    distinct = first == torch.arange(len(first), device=first.device)
-    logits = scale * images @ captions.T  # (N images, N captions)
-    choices = logits.masked_fill(~distinct, float("-inf"))
-    image_to_caption = functional.cross_entropy(choices, first)
-    log_share = logits.T.log_softmax(1)[first]  # row n: over images, for the caption of n
-    caption_to_image = -log_share.diagonal().mean()
-    return (image_to_caption + caption_to_image) / 2
+    products = scale * images @ captions.T  # (N images, N captions)
+    return (_choice(products, caption_number) + _choice(products.T, image_number)) / 2
+
+
+def _choice(scores: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each row of `scores` (N, N) choosing its own column among those of distinct `number` (N,)."""
+    first = (number[:, None] == number[None, :]).int().argmax(1)  # the first column of the same number
+    repeated = first != torch.arange(len(first), device=first.device)
+    return functional.cross_entropy(scores.masked_fill(repeated, float("-inf")), first)

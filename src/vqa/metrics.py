@@ -147,26 +147,33 @@ def _accuracy(metric: str, correct: np.ndarray, image: np.ndarray, split: str) -
     return Result(metric, value, "%", low, high, split)
 
 
-def recall_results(images: torch.Tensor, captions: torch.Tensor, number: np.ndarray, split: str) -> list[Result]:
-    """Recall@1 and @5 over the whole gallery, in percent, both ways.
+def recall_results(
+    images: torch.Tensor, captions: torch.Tensor, image_number: np.ndarray, caption_number: np.ndarray, split: str
+) -> list[Result]:
+    """Recall@1, recall@5 and R-precision over the whole gallery, in percent, both ways.
 
-    `images`, `captions` (N, E) are unit vectors, row n a true pair; `number` (N,) is equal where
-    captions are the same words. An image searches the distinct captions; a distinct caption searches
-    all images and is right if any of its own is among the first k.
+    `images`, `captions` (N, E) are unit vectors, row n a true pair; the numbers (N,) are equal where the
+    image is the same, or the caption the same words. Distinct images search the distinct captions, and
+    the other way round. Recall@k: any right one is among the first k. R-precision: the share of right
+    ones among the first R, of which R are right.
     """
-    _, first, place = np.unique(number, return_index=True, return_inverse=True)
-    similarity = images @ captions[first].T  # (N, distinct captions)
-    true = torch.from_numpy(place)[:, None] == torch.arange(len(first))
+    _, image_row, image = np.unique(image_number, return_index=True, return_inverse=True)
+    _, caption_row, caption = np.unique(caption_number, return_index=True, return_inverse=True)
+    similarity = images[image_row] @ captions[caption_row].T  # (distinct images, distinct captions)
+    true = torch.zeros(similarity.shape, dtype=torch.bool)
+    true[image, caption] = True
     rows = []
     for direction, scores, right in (
         ("image_to_caption", similarity, true),
         ("caption_to_image", similarity.T, true.T),
     ):
-        for k in (1, 5):
-            best = scores.topk(min(k, scores.shape[1])).indices
-            found = right.gather(1, best).any(1).numpy()
-            value, low, high = (100 * part for part in cluster_interval(found, np.arange(len(found))))
-            rows.append(Result(f"recall_at_{k}_{direction}", value, "%", low, high, split))
+        hits = right.gather(1, scores.argsort(dim=1, descending=True, stable=True)).numpy()
+        count = hits.sum(1, keepdims=True)
+        found = {f"recall_at_{k}": hits[:, :k].any(1) for k in (1, 5)}
+        found["r_precision"] = (hits & (np.arange(hits.shape[1]) < count)).sum(1) / count[:, 0]
+        for name, values in found.items():
+            value, low, high = (100 * part for part in cluster_interval(values, np.arange(len(values))))
+            rows.append(Result(f"{name}_{direction}", value, "%", low, high, split))
     return rows
 
 

@@ -81,17 +81,17 @@ class Alignment:
     def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
         """The loss of the whole step, on every rank: every rank's pairs are everyone's negatives."""
         image, caption, scale = network(**batch.inputs())
-        number = batch.question_number[batch.question_index]
+        numbers = torch.stack([batch.image_number[batch.image_index], batch.question_number[batch.question_index]])
         if self.rank.world_size > 1:
             image, caption = torch.cat(all_gather(image)), torch.cat(all_gather(caption))
-            numbers = [torch.empty_like(number) for _ in range(self.rank.world_size)]
-            dist.all_gather(numbers, number)
-            number = torch.cat(numbers)
-        return contrastive_loss(image.float(), caption.float(), number, scale.float())
+            everyones = [torch.empty_like(numbers) for _ in range(self.rank.world_size)]
+            dist.all_gather(everyones, numbers)
+            numbers = torch.cat(everyones, 1)
+        return contrastive_loss(image.float(), caption.float(), *numbers, scale.float())
 
     def judge(self) -> float:
-        """Recall@1 over the whole validation gallery, the mean of both directions, 0 to 1."""
-        rows = [row for row in self._recalls() if row.metric.startswith("recall_at_1")]
+        """R-precision over the whole validation gallery, the mean of both directions, 0 to 1."""
+        rows = [row for row in self._recalls() if row.metric.startswith("r_precision")]
         return sum(row.value for row in rows) / len(rows) / 100
 
     def finish(self, run: Run) -> list[Result]:
@@ -107,7 +107,7 @@ class Alignment:
             for images in np.array_split(np.arange(len(split)), max(len(split) // 64, 1))
         ]
         images, captions = (torch.cat(column) for column in zip(*parts, strict=True))
-        return recall_results(images, captions, split.question_of, "validation")
+        return recall_results(images, captions, split.frame["image_id"].to_numpy(), split.question_of, "validation")
 
 
 class Distillation(Answers):

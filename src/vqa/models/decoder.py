@@ -35,14 +35,21 @@ class DecoderLayer(nn.Module):
         self.feed_forward = feed_forward(width)
 
     def forward(
-        self, tokens: torch.Tensor, visible: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None
+        self, tokens: torch.Tensor, visible: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """`tokens` (B, L, D) after `past`; `visible` (B, 1, L, past + L) says who sees whom."""
-        query, key, value = (split_heads(x, self.heads) for x in self.qkv(self.norm(tokens)).chunk(3, -1))
+        query, key, value = self._projected(tokens)
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         tokens = tokens + self.out(join_heads(attend(query, key, value, attn_mask=visible)))
         return tokens + self.feed_forward(tokens), (key, value)
+
+    def keys_and_values(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that later tokens see of `tokens` (B, L, D) in this layer."""
+        return self._projected(tokens)[1:]
+
+    def _projected(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tuple(split_heads(x, self.heads) for x in self.qkv(self.norm(tokens)).chunk(3, -1))
 
 
 class UnifiedDecoderModel(VQAModel):
@@ -98,14 +105,21 @@ class UnifiedDecoderModel(VQAModel):
         attention_mask: torch.Tensor,
         question_index: torch.Tensor,
     ) -> tuple[Cache, torch.Tensor]:
-        """Keys and values of image and question for each pair, and which of them are not padding (N, P + T)."""
+        """Keys and values of image and question for each pair, and which of them are not padding (N, P + T).
+
+        The last layer stops there: nothing is read off the prefix itself.
+        """
         image = self.project(self.image_encoder(pixel_values).tokens)  # (I, P, D)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         question = self.embed(input_ids) + self.position(places)  # (U, T, D)
         tokens = torch.cat([image[image_index], question[question_index]], 1)  # (N, P + T, D)
         seen = torch.cat([attention_mask.new_ones(image.shape[:2])[image_index], attention_mask[question_index]], 1)
         visible = seen.bool()[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
-        return self._run(tokens, visible, None)[1], seen.bool()
+        cache = []
+        for layer in self.layers[:-1]:
+            tokens, kept = layer(tokens, visible)
+            cache.append(kept)
+        return [*cache, self.layers[-1].keys_and_values(tokens)], seen.bool()
 
     def log_likelihood(self, ids: torch.Tensor, cache: Cache, seen: torch.Tensor) -> torch.Tensor:
         """log p (N,) of the token rows `ids` (N, L), ended by -1 where shorter, after the cached prefix."""
@@ -129,21 +143,25 @@ class UnifiedDecoderModel(VQAModel):
         visible = torch.cat([seen[:, None, :].expand(-1, length, -1), causal.expand(len(ids), -1, -1)], 2)[
             :, None
         ]  # (N, 1, L, P + T + before + L)
-        hidden, cache = self._run(tokens, visible, cache)
-        return hidden @ self.embed.weight.T, cache  # the embedding is the output layer too
+        longer = []
+        for layer, past in zip(self.layers, cache, strict=True):
+            tokens, kept = layer(tokens, visible, past)
+            longer.append(kept)
+        return self.norm(tokens) @ self.embed.weight.T, longer  # the embedding is the output layer too
 
     @torch.inference_mode()
     def generate(self, batch: Batch, max_tokens: int = 8) -> list[str]:
         """The answer to each pair, written greedily, one token a step, each step reusing the last one's cache."""
         cache, seen = self.prefix(**batch.inputs())
         last = torch.full((len(seen), 1), self.tokenizer.cls_token_id, device=seen.device)
-        written = []
-        for _ in range(max_tokens):
+        written, stop = [], self.tokenizer.sep_token_id
+        ended = torch.zeros_like(last, dtype=torch.bool)
+        while len(written) < max_tokens and not ended.all():
             logits, cache = self.decode(last, cache, seen)
             last = logits.argmax(-1)
+            ended |= last == stop
             written.append(last)
         rows = torch.cat(written, 1).tolist()
-        stop = self.tokenizer.sep_token_id
         return [self.tokenizer.decode(row[: row.index(stop)] if stop in row else row) for row in rows]
 
     def take_towers(self, folder: Path) -> None:
@@ -154,10 +172,3 @@ class UnifiedDecoderModel(VQAModel):
     def checkpoint_gradients(self) -> None:
         """The image tower's only: a cache cannot be thrown away and computed again by layers."""
         self.image_encoder.checkpoint_gradients()
-
-    def _run(self, tokens: torch.Tensor, visible: torch.Tensor, past: Cache | None) -> tuple[torch.Tensor, Cache]:
-        cache = []
-        for index, layer in enumerate(self.layers):
-            tokens, kept = layer(tokens, visible, past[index] if past else None)
-            cache.append(kept)
-        return self.norm(tokens), cache

@@ -43,7 +43,8 @@ class Normalize(nn.Module):
 class ViTEncoder(nn.Module):
     """Vision Transformer, https://arxiv.org/abs/2010.11929; summary: the mean of the patch tokens.
 
-    Averaging learns faster from scratch than a [CLS] token (https://arxiv.org/abs/2205.01580).
+    Averaging learns faster from scratch than a [CLS] token, and so do positions that start as sines and cosines of
+    the patch's row and column (https://arxiv.org/abs/2205.01580).
     """
 
     def __init__(self, config: ImageEncoderConfig, image_size: int, dropout: float):
@@ -60,6 +61,10 @@ class ViTEncoder(nn.Module):
             attention_probs_dropout_prob=dropout,
         )
         self.vit = _build(transformers.ViTModel, shape, config, add_pooling_layer=False)
+        if config.pretrained is None:
+            self.vit.embeddings.position_embeddings.data = sines_and_cosines(
+                image_size // config.patch_size, config.width
+            )
         if config.stem == "conv":
             self.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
         self.width = config.width
@@ -70,6 +75,17 @@ class ViTEncoder(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         _checkpoint_layers(self.vit)
+
+
+def sines_and_cosines(side: int, width: int) -> torch.Tensor:
+    """(1, 1 + side², width): zeros for [CLS], then for each patch, row by row, waves of its column and its row.
+
+    https://arxiv.org/abs/2205.01580, section 2; a quarter of the width for each of sine and cosine of either.
+    """
+    waves = 1e4 ** -torch.linspace(0, 1, width // 4)
+    row, column = (place.reshape(-1, 1) * waves for place in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
+    places = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], 1)
+    return torch.cat([torch.zeros(1, width), nn.functional.pad(places, (0, width % 4))])[None]
 
 
 class ConvStem(nn.Sequential):

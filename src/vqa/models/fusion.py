@@ -59,7 +59,7 @@ class CrossAttentionFusion(nn.Module):
         self.text_in = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, config.width))
         self.layers = nn.ModuleList(CrossAttentionLayer(config.width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
-        self.width = config.width
+        self.width, self.queries = config.width, config.queries
 
     def forward(
         self,
@@ -69,34 +69,39 @@ class CrossAttentionFusion(nn.Module):
         image_index: torch.Tensor,
         question_index: torch.Tensor,
     ) -> torch.Tensor:
-        tokens, query, memory, rows = self._up_to_last_look(image, text, attention_mask, image_index, question_index)
-        mask = attention_mask[question_index].bool()  # (N, T)
-        return self.norm(self.layers[-1].summary(tokens, query, memory, rows, mask))  # (N, D)
+        asking, mask = self._asking(text, attention_mask)
+        tokens, query, memory, rows = self._up_to_last_look(image, asking, mask, image_index, question_index)
+        return self.norm(self.layers[-1].summary(tokens, query, memory, rows, mask[question_index]))  # (N, D)
 
     @torch.no_grad()
     def look(self, image: Features, text: Features, batch: Batch) -> torch.Tensor:
         """Where the last layer looks: (N, heads, T, P), each token's weights over the image summing to one."""
-        _, query, memory, rows = self._up_to_last_look(
-            image, text, batch.attention_mask, batch.image_index, batch.question_index
-        )
+        asking, mask = self._asking(text, batch.attention_mask)
+        _, query, memory, rows = self._up_to_last_look(image, asking, mask, batch.image_index, batch.question_index)
         return self.layers[-1].attention(query, memory, rows)
+
+    def _asking(self, text: Features, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What of the questions meets the images, (U, T, D), and which of it is not padding, (U, T) bool."""
+        if self.queries == "summary":
+            return text.pooled[:, None], attention_mask[:, :1].bool()  # the first token is never padding
+        return text.tokens, attention_mask.bool()
 
     def _up_to_last_look(
         self,
         image: Features,
-        text: Features,
-        attention_mask: torch.Tensor,
+        asking: torch.Tensor,
+        mask: torch.Tensor,
         image_index: torch.Tensor,
         question_index: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, "Rows"]:
         """What the last layer's look at the image is given: tokens and queries (N, T, D), memory (I, P, D), rows."""
         memory = self.image_in(image.tokens)
         rows = pair_rows(image_index, len(memory))
-        asked = self.layers[0].ask(self.text_in(text.tokens), attention_mask.bool())  # (U, T, D) each
+        asked = self.layers[0].ask(self.text_in(asking), mask)  # (U, T, D) each
         tokens, query = (each[question_index] for each in asked)
         for layer, following in pairwise(self.layers):
             tokens = layer(tokens, query, memory, rows)
-            tokens, query = following.ask(tokens, attention_mask[question_index].bool())
+            tokens, query = following.ask(tokens, mask[question_index])
         return tokens, query, memory, rows
 
 

@@ -30,6 +30,7 @@ from vqa.runs import RUNS
 datasets.disable_progress_bars()
 
 PAIR_COLUMNS = ("question_id", "question", "question_type", "answer")
+SIDES = {"left_right": 1, "top_bottom": 2}  # question types whose yes and no trade places in a mirrored image, by view
 
 
 class SourceError(RuntimeError):
@@ -71,14 +72,17 @@ def pairs(table: datasets.Dataset) -> pd.DataFrame:
 
 
 def captions(table: datasets.Dataset) -> datasets.Dataset:
-    """`table` with each image's first caption in the place of its questions; without images that have none."""
-    rows = [row for row, found in enumerate(table["caption"]) if found]
-    chosen = table.select(rows)
-    texts = [[found[0]] for found in chosen["caption"]]
+    """`table` with captions in the place of questions; without images that have none.
+
+    Every image keeps as many as the poorest has, so that all ranks of a step have equally many pairs.
+    """
+    chosen = table.select([row for row, found in enumerate(table["caption"]) if found])
+    fewest = min(map(len, chosen["caption"]), default=0)
+    texts = [found[:fewest] for found in chosen["caption"]]
     columns = {
-        "question_id": [[image] for image in chosen["image_id"]],
+        "question_id": [[image] * len(found) for image, found in zip(chosen["image_id"], texts, strict=True)],
         "question": texts,
-        "question_type": [["caption"]] * len(rows),
+        "question_type": [["caption"] * len(found) for found in texts],
         "answer": texts,
     }
     bare = chosen.remove_columns(list(columns))
