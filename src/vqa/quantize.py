@@ -28,7 +28,7 @@ from vqa import ask, sources
 from vqa.batches import Split
 from vqa.config import ConfigError
 from vqa.int8 import ENGINE, Logits, QuantizeError, all_logits, export, int8_kernels, quantize_layers
-from vqa.metrics import accuracy_results, cluster_interval, median_result, paired_difference
+from vqa.metrics import accuracy_results, cluster_interval, median_result, paired_difference, score
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count
 from vqa.objectives import split_for
@@ -115,9 +115,7 @@ def compare(model: VQAModel, table, folder: Path) -> pd.DataFrame:
         columns[f"{prefix}prediction"] = np.array(model.answers)[shares.argmax(-1)]
         columns[f"{prefix}confidence"] = shares.max(-1).values.numpy()
     frame = split.frame.assign(split="test", **columns)
-    return frame.assign(
-        correct=frame["prediction"] == frame["answer"], fp32_correct=frame["fp32_prediction"] == frame["answer"]
-    )
+    return frame.assign(correct=score(frame["prediction"], frame), fp32_correct=score(frame["fp32_prediction"], frame))
 
 
 def _accuracies(predictions: pd.DataFrame) -> list[Result]:
