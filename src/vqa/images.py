@@ -8,6 +8,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000  # a larger image is more likely an attack on the memory than a photograph
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused here
+
 
 class ImageError(ValueError):
     """A file that cannot be used as an image; its message is one sentence that names it."""
@@ -33,10 +35,7 @@ def decode(path: Path) -> Image.Image:
     noticeable: the format has no checksum.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            opened = Image.open(path)
-        with opened:
+        with Image.open(path) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return _colour(ImageOps.exif_transpose(opened))

@@ -75,15 +75,18 @@ class Deployment:
 def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
     """Quantize the model of the finished `run` into `folder`, which appears whole or not at all.
 
-    Raises RunError if the run has not finished or `folder` exists, QuantizeError as `write_model`.
+    Raises RunError if the run has not finished or `folder` exists or cannot be made, QuantizeError as `write_model`.
     """
     accuracy = run.result("accuracy")
     if folder.exists():
         raise RunError(f"{folder} exists: name another folder, or remove it")
-    model = load_vqa_model(run.folder / "model")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror}; name another folder") from None
+    try:
+        model = load_vqa_model(run.folder / "model")
         write_model(model, calibration_images(model, source), temporary)
         predictions = compare(model, source.splits["test"], temporary)
         results = [*_accuracies(predictions), *sizes(temporary)]

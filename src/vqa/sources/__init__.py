@@ -84,9 +84,13 @@ def table_features(height: int, width: int) -> datasets.Features:
 
 def pairs(table: datasets.Dataset) -> pd.DataFrame:
     """One row a question: image_id, the PAIR_COLUMNS, and `answers` where the table has them."""
-    columns = [name for name in (*PAIR_COLUMNS, "answers") if name in table.column_names]
+    columns = _pair_columns(table)
     frame = table.select_columns(["image_id", *columns]).to_pandas()
     return frame.explode(columns, ignore_index=True)
+
+
+def _pair_columns(table: datasets.Dataset) -> list[str]:
+    return [*PAIR_COLUMNS, *({"answers"} & set(table.column_names))]
 
 
 def captions(table: datasets.Dataset) -> datasets.Dataset:
@@ -100,7 +104,7 @@ def captions(table: datasets.Dataset) -> datasets.Dataset:
         "question_type": [["caption"]] * len(rows),
         "answer": texts,
     }
-    return _with_columns(chosen.remove_columns([name for name in ("answers",) if name in table.column_names]), columns)
+    return _with_columns(chosen.remove_columns(list(set(_pair_columns(table)) - set(columns))), columns)
 
 
 def load(config: DataConfig) -> Source:
@@ -145,11 +149,11 @@ def _thinned(table: datasets.Dataset, fraction: float, seed: int) -> datasets.Da
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(len(asked)) for asked in table["question_id"]]
     chosen = [np.sort(order[: max(round(fraction * len(order)), 1)]) for order in orders]
-    names = [name for name in (*PAIR_COLUMNS, "answers") if name in table.column_names]
-    return _with_columns(
-        table,
-        {name: [[row[i] for i in kept] for row, kept in zip(table[name], chosen, strict=True)] for name in names},
-    )
+    columns = {
+        name: [[row[i] for i in kept] for row, kept in zip(table[name], chosen, strict=True)]
+        for name in _pair_columns(table)
+    }
+    return _with_columns(table, columns)
 
 
 def _with_columns(table: datasets.Dataset, columns: dict[str, list]) -> datasets.Dataset:
