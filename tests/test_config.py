@@ -97,6 +97,11 @@ def test_wrong_value_is_refused_by_place_and_value(key, value):
         ),
         ({"alignment.teacher.gradient_accumulation_steps": 2}, "cannot accumulate gradients"),
         ({"data.question_fraction": 0.5}, "data.question_fraction does not go with alignment"),
+        ({"data.source": "vqa_v2", "data.flips": False}, "vqa_v2 needs data.root, the folder of its official files"),
+        ({"data.root": "data"}, "data.root is for vqa_v2; easy_vqa has no files to look for"),
+        ({"data.source": "vqa_v2", "data.root": "data"}, "data.flips must be false for vqa_v2"),
+        ({"models.teacher.text_encoder.revision": "main"}, "models.teacher.text_encoder.revision is 'main'"),
+        ({"models.teacher.image_encoder.revision": "v1.0"}, "models.teacher.image_encoder.revision is 'v1.0'"),
     ],
 )
 def test_impossible_combination_is_refused_when_the_profile_loads(changes, said):

@@ -190,7 +190,10 @@ def test_all_damaged_images_are_listed_in_one_error(copy):
     with pytest.raises(SourceError) as caught:
         easy_vqa.build(copy)
     listed = ", ".join(str(images / f"{number}.png") for number in (1, 2, 3, 4))
-    assert str(caught.value) == f"4 of 6 images are missing or damaged ({listed}): reinstall the package easy-vqa"
+    assert (
+        str(caught.value)
+        == f"4 of 6 images are missing, damaged or too large ({listed}): reinstall the package easy-vqa"
+    )
 
 
 def test_fingerprint_changes_with_any_byte(copy):

@@ -10,7 +10,7 @@ import torch
 
 from vqa.config import ConfigError
 from vqa.launch import Job, LaunchError, launch
-from vqa.runs import Run
+from vqa.runs import Run, RunError
 
 LAUNCHER = """
 import signal, sys
@@ -55,6 +55,15 @@ def test_a_failing_job_is_reported_in_its_own_sentence(tiny_profile, capsys):
     assert not run.finished
     assert "Traceback" not in capsys.readouterr().out
     assert "error: train.global_batch_size 128" in (run.folder / "launch.log").read_text()
+
+
+def test_a_run_that_another_process_writes_is_refused_before_anything_starts(tiny):
+    run = Run(tiny.model_copy(update={"seed": 98}))
+    with run.writing():
+        before = {path: path.read_bytes() for path in run.folder.iterdir()}
+        with pytest.raises(RunError, match=f"^{run.folder.name} is being written by another process$"):
+            launch(run)
+        assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
 def test_a_job_without_a_sentence_is_reported_by_its_log_and_can_be_stopped_after_its_end(tiny):

@@ -12,8 +12,9 @@ LAYERS = [  # from the top; a module may import what stands below it
     *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "train", "quantize", "int8"),
     *("understanding", "objectives", "targets", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
-    *("losses", "metrics", "batches"),
-    *("sources.easy_vqa", "sources.sort_of_clevr", "sources", "distributed", "runs", "config"),
+    *("losses", "metrics", "vqa_accuracy", "batches"),
+    *("sources.easy_vqa", "sources.sort_of_clevr", "sources.vqa_v2", "sources"),
+    *("images", "distributed", "runs", "config"),
 ]
 
 

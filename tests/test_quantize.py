@@ -102,6 +102,14 @@ def test_an_existing_folder_is_not_overwritten(deployed, run, source):
     assert (deployed.folder / "config.json").read_bytes() == before
 
 
+def test_a_place_that_cannot_be_written_is_named(run, source, tmp_path):
+    """Under a file, because root may write into any directory."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "teacher"
+    with pytest.raises(RunError, match=f"^cannot write {folder}: Not a directory; name another folder$"):
+        deploy(run, source, folder)
+
+
 def test_a_failure_leaves_nothing_behind(run, source, tmp_path, monkeypatch):
     def fail(*arguments):
         raise quantize.QuantizeError("no")

@@ -14,16 +14,15 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 
+from vqa.images import ImageError, read_image
+
 DEPLOYMENTS = Path(os.environ.get("VQA_RUNS", "runs")) / "deployments"
-MAX_PIXELS = 50_000_000  # a larger image is more likely an attack on the memory than a photograph
 PAIRS_AT_ONCE = 256
 SHOWN = 3
 
@@ -31,7 +30,7 @@ Pair = tuple[Path, str]  # an image's file and a question about it
 
 
 class AskError(ValueError):
-    """An image, a question or a folder that cannot be used; its message is one sentence for the user."""
+    """A question or a folder that cannot be used; its message is one sentence for the user."""
 
 
 class Answerer:
@@ -57,7 +56,7 @@ class Answerer:
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Probabilities (N, A) of every answer to each of N pairs; equal images and questions are encoded once.
 
-        Raises AskError for an image or a question that cannot be used.
+        Raises ImageError or AskError for an image or a question that cannot be used.
         """
         images, image_index = _distinct([path for path, _ in pairs])
         questions, question_index = _distinct([question for _, question in pairs])
@@ -171,42 +170,6 @@ def _check(path: Path, expected: str) -> None:
         raise AskError(f"{path} was altered after deployment: deploy the model again")
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The image in `path` as a model sees it, (3, size, size) uint8: upright, in colour, on white, resized.
-
-    Raises AskError if there is no image that can be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            opened = Image.open(path)
-        with opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image = _colour(ImageOps.exif_transpose(opened))
-    except FileNotFoundError:
-        raise AskError(f"there is no file {path}") from None
-    except UnidentifiedImageError:
-        raise AskError(f"{path} is not an image, or its beginning is damaged") from None
-    except Image.DecompressionBombError:
-        raise AskError(f"{path} has more than {MAX_PIXELS // 10**6} million pixels: make it smaller") from None
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, IndexError) as error:  # as decoders have it
-        raise AskError(f"{path} cannot be read as an image, it is damaged or cut short: {error}") from None
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def _colour(image: Image.Image) -> Image.Image:
-    """`image` in RGB: grey repeated, 16 bits cut to 8, what is transparent on white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs in a CSV file with the columns image and question; images are relative to the file.
 
@@ -280,7 +243,7 @@ def main() -> None:
             answer_file(answerer, pairs)
         else:
             answer_one(answerer, pairs[0])
-    except AskError as error:
+    except (AskError, ImageError) as error:
         sys.exit(f"error: {error}")
 
 

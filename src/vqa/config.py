@@ -39,10 +39,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 CAPTIONS_NAME_SIDES = ("sort_of_clevr",)  # data sets whose captions a mirrored image would belie
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a branch or a tag could be moved
 
 
 class DataConfig(Section):
-    source: Literal["easy_vqa", "sort_of_clevr"]
+    source: Literal["easy_vqa", "sort_of_clevr", "vqa_v2"]
+    root: str | None = None  # vqa_v2 only: the folder of the official files, seen from the repository
     image_size: Positive = 64  # pixels a side, after resizing
     validation_images: Positive  # held out of the training split, by image
     split_seed: int = 0  # which images are held out; the same for every seed of a run
@@ -50,6 +52,16 @@ class DataConfig(Section):
     test_images: Positive | None = None
     question_fraction: Share = 1.0  # of each training image's questions, at least one an image
     flips: bool = True  # mirror images at random (left-right, top-bottom), and answers that name sides with them
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "vqa_v2" and self.root is None:
+            raise ValueError("vqa_v2 needs data.root, the folder of its official files")
+        if self.source != "vqa_v2" and self.root is not None:
+            raise ValueError(f"data.root is for vqa_v2; {self.source} has no files to look for")
+        if self.source == "vqa_v2" and self.flips:
+            raise ValueError("data.flips must be false for vqa_v2: photographs have a left, a top and writing")
+        return self
 
 
 class ImageEncoderConfig(Section):
@@ -60,7 +72,7 @@ class ImageEncoderConfig(Section):
     patch_size: Positive = 16  # ViT only
     stem: Literal["patch", "conv"] = "patch"  # ViT only; conv: Xiao et al. 2021
     pretrained: str | None = None  # a hub id, a local folder, or for ResNet18 a torchvision weight name
-    revision: str | None = None  # the hub commit; required with a hub id
+    revision: Commit | None = None  # of the hub; required with a hub id
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -79,7 +91,7 @@ class TextEncoderConfig(Section):
     layers: Positive = 12
     heads: Positive = 12
     pretrained: str | None = None
-    revision: str | None = None
+    revision: Commit | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -17,7 +17,7 @@ from vqa import sources
 from vqa.batches import Split
 from vqa.config import ConfigError
 from vqa.distributed import Rank, gather_objects
-from vqa.metrics import BlindBaseline, accuracy_results
+from vqa.metrics import BlindBaseline, accuracy_results, score
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel
 from vqa.runs import Run, RunError
@@ -27,7 +27,7 @@ IMAGES_PER_BATCH = 64
 
 @torch.inference_mode()
 def predict(model: VQAModel, split: Split, rank: Rank) -> pd.DataFrame:
-    """The split's pairs with `prediction`, `confidence`, `correct`; on the main rank, else empty.
+    """The split's pairs with `prediction`, `confidence`, `correct` (0 to 1); on the main rank, else empty.
 
     `written` is the answer that a decoder wrote freely, None for models that only choose from a list.
 
@@ -53,7 +53,7 @@ def predict(model: VQAModel, split: Split, rank: Rank) -> pd.DataFrame:
         {"prediction": np.array(model.answers)[index], "confidence": confidence, "written": written}, index=rows
     ).sort_index()
     records = split.frame.join(answered)
-    return records.assign(correct=records["prediction"] == records["answer"])
+    return records.assign(correct=score(records["prediction"], records))
 
 
 def records(model: VQAModel, split: Split, blind: BlindBaseline, name: str, rank: Rank) -> pd.DataFrame:
@@ -61,7 +61,7 @@ def records(model: VQAModel, split: Split, blind: BlindBaseline, name: str, rank
     frame = predict(model, split, rank)
     if frame.empty:
         return frame
-    return frame.assign(split=name, blind_correct=blind(frame["question"]) == frame["answer"])
+    return frame.assign(split=name, blind_correct=score(blind(frame["question"]), frame))
 
 
 def one_rank(device: torch.device | str = "cpu") -> Rank:

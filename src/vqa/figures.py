@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GREYS = ("0.15", "0.5", "0.75", "0.9")
 HATCHES = ("", "//", "..", "xx")
 MARKERS = ("o", "s", "^", "D", "v")
+SHOWN_ANSWERS = 25  # the commonest, where there are more
 FIGURES: dict[str, Callable[["Report"], Figure]] = {}
 
 
@@ -61,11 +62,11 @@ def samples(report: "Report") -> Figure:
 
 @figure
 def answer_balance(report: "Report") -> Figure:
-    """How often each answer is right, in training and test."""
+    """How often each answer is right, in training and test; the commonest ones."""
     splits = report.source.splits
     shares = pd.DataFrame(
         {name: pairs(splits[name])["answer"].value_counts(normalize=True) * 100 for name in ("train", "test")}
-    ).sort_values("train", ascending=False)
+    ).nlargest(SHOWN_ANSWERS, "train")
     made, axis = pyplot.subplots(figsize=(9, 3.6))
     bars(axis, shares)
     axis.set(xlabel="answer", ylabel="share of questions, %")
@@ -133,10 +134,12 @@ def alignment_curves(report: "Report") -> Figure:
 
 @figure
 def confusion(report: "Report") -> Figure:
-    """What each model answers where it should have said something else, by question type."""
+    """What each model answers where it should have said something else, by question type; the commonest answers."""
     records = report.first_seeds()
     made, axes = pyplot.subplots(1, len(records), figsize=(6.2 * len(records), 5.4), squeeze=False)
-    order = sorted(report.source.answers, key=lambda answer: (kind_of(report, answer), answer))
+    kinds = pairs(report.source.splits["train"]).groupby("answer")["question_type"].min()
+    often = pairs(report.source.splits["test"])["answer"].value_counts().index.intersection(kinds.index, sort=False)
+    order = sorted(often[:SHOWN_ANSWERS], key=lambda answer: (kinds[answer], answer))
     for axis, record in zip(axes[0], records, strict=True):
         test = record.predictions.query("split == 'test'")
         counts = pd.crosstab(test["answer"], test["prediction"]).reindex(index=order, columns=order, fill_value=0)
@@ -163,20 +166,17 @@ def right_and_wrong(report: "Report") -> Figure:
     """Per run: the surest right answers and the surest wrong ones, on test images."""
     records = report.first_seeds()
     made, axes = pyplot.subplots(len(records), 8, figsize=(14, 2.5 * len(records)), squeeze=False)
-    images = {
-        row["image_id"]: row["image"] for row in report.source.splits["test"].select_columns(["image_id", "image"])
-    }
     for row, record in zip(axes, records, strict=True):
         test = record.predictions.query("split == 'test'").sort_values("confidence", ascending=False)
-        chosen = [test[test["correct"]].drop_duplicates("question_type").head(4)]
-        chosen.append(test[~test["correct"]].drop_duplicates("image_id").head(4))
+        chosen = [test[test["correct"] == 1].drop_duplicates("question_type").head(4)]
+        chosen.append(test[test["correct"] == 0].drop_duplicates("image_id").head(4))
         for axis, block in zip((row[:4], row[4:]), chosen, strict=True):
             for place, cell in enumerate(axis):
                 if place >= len(block):
                     cell.set_axis_off()
                     continue
                 item = block.iloc[place]
-                show_image(cell, images[item["image_id"]])
+                show_image(cell, test_image(report, item["image_id"]))
                 verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
                 question = item["question"].replace(" the ", " the\n", 1)
                 cell.set_title(f"{question}\n→ {item['prediction']} ({verdict})", fontsize=7)
@@ -301,14 +301,11 @@ def attention_maps(report: "Report") -> Figure:
     kept = np.load(record.folder / "attention.npz")
     looked = next(r for r in report.first_seeds() if r.config["model"]["fusion"]["kind"] == "cross_attention")
     test = looked.predictions.query("split == 'test'").set_index("question_id")
-    images = {
-        row["image_id"]: row["image"] for row in report.source.splits["test"].select_columns(["image_id", "image"])
-    }
     count = len(kept["question_id"])
     made, axes = pyplot.subplots(2, count, figsize=(1.9 * count, 5), squeeze=False)
     for place, (asked, seen, words) in enumerate(zip(*kept.values(), strict=True)):
         item = test.loc[asked]
-        image = np.asarray(images[item["image_id"]], dtype=np.uint8)
+        image = test_image(report, item["image_id"])
         side = int(np.sqrt(seen.shape[1]))  # a [CLS] token, where there is one, comes first
         over_image = seen[words != ""].mean(0)[-side * side :].reshape(side, side)
         show_image(axes[0, place], image)
@@ -336,6 +333,13 @@ def bars(axis: Axes, table: pd.DataFrame, labels: bool = False) -> None:
     axis.grid(axis="x", visible=False)
 
 
+def test_image(report: "Report", image_id: int) -> np.ndarray:
+    """The test image of that number, uint8 (3, H, W)."""
+    table = report.source.splits["test"]
+    (row,) = np.flatnonzero(np.array(table["image_id"][:]) == image_id)
+    return np.asarray(table[int(row)]["image"], dtype=np.uint8)
+
+
 def show_image(axis: Axes, image: object) -> None:
     axis.imshow(np.asarray(image, dtype=np.uint8).transpose(1, 2, 0))
     axis.set_xticks([])
@@ -348,9 +352,3 @@ def run_label(record: "Record") -> str:
     fusion = config["model"]["fusion"]["kind"].replace("_", " ")
     alone = "" if config["parent"] else ", not aligned"
     return f"{config['role']} ({fusion}{alone}, seed {config['seed']})"
-
-
-def kind_of(report: "Report", answer: str) -> str:
-    """The question type that `answer` answers first, for ordering answers."""
-    train = pairs(report.source.splits["train"])
-    return train.loc[train["answer"] == answer, "question_type"].min()

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from vqa.figures import GREYS, HATCHES, MARKERS, figure, show_image
+from vqa.figures import GREYS, HATCHES, MARKERS, figure, show_image, test_image
 from vqa.int8 import ENGINE
 
 if TYPE_CHECKING:
@@ -119,11 +119,9 @@ def flipped_answers(report: "Report") -> Figure:
     moved = (answered["confidence"] - answered["fp32_confidence"]).abs()
     flipped = answered["prediction"] != answered["fp32_prediction"]
     ranked = answered.assign(flipped=flipped, moved=moved).sort_values(["flipped", "moved"], ascending=False)
-    table = report.source.splits["test"].select_columns(["image_id", "image"])
-    rows = {image: row for row, image in enumerate(table["image_id"])}
     made, axes = pyplot.subplots(2, SHOWN // 2, figsize=(12, 7))
     for axis, item in zip(axes.flat, ranked.head(SHOWN).itertuples(), strict=True):
-        show_image(axis, table[rows[item.image_id]]["image"])
+        show_image(axis, test_image(report, item.image_id))
         before = f"fp32 {item.fp32_prediction} {100 * item.fp32_confidence:.1f} %"
         after = f"int8 {item.prediction} {100 * item.confidence:.1f} %"
         words = f"{item.question}\n{before}, {after}\n(is {item.answer})"

@@ -7,16 +7,28 @@ import pandas as pd
 import torch
 
 from vqa.runs import Result
+from vqa.vqa_accuracy import agreement
 
 Z = 1.959964  # normal quantile of a 95 % interval
 
 
+def score(prediction: pd.Series, asked: pd.DataFrame) -> pd.Series:
+    """How right each `prediction` is, 0 to 1, of the questions `asked`, row by row.
+
+    Ten people's `answers` judge it where they are known, else whether it is the one `answer`.
+    """
+    if "answers" not in asked:
+        return (prediction == asked["answer"]).astype(float)
+    return pd.Series(map(agreement, prediction, asked["answers"]), index=asked.index, dtype=float)
+
+
 def cluster_interval(correct: np.ndarray, image: np.ndarray) -> tuple[float, float, float]:
-    """Share of `correct` (N,) and its 95 % interval, clustered by `image` (N,).
+    """Mean of `correct` (N,), 0 to 1 each, and its 95 % interval, clustered by `image` (N,).
 
     The variance is that of a ratio of cluster totals (Cochran, Sampling Techniques, 1977, eq. 2.39);
     it gives an effective number of independent questions, with which Wilson's interval (1927) stays
-    inside [0, 1] and keeps a width when everything is right (as in Korn and Graubard 1998).
+    inside [0, 1] and keeps a width when everything is right (as in Korn and Graubard 1998). Where
+    answers are partly right, it is the number of yes-or-no questions that would be as uncertain.
     """
     totals = pd.DataFrame({"right": correct, "image": image}).groupby("image")["right"].agg(["sum", "size"])
     share, clusters = float(np.mean(correct)), len(totals)
@@ -107,7 +119,8 @@ class BlindBaseline:
 def image_only_ceiling(pairs: pd.DataFrame) -> tuple[float, float, float]:
     """An upper bound, with its interval, on the accuracy of any answer that does not depend on the question.
 
-    `pairs` has image_id and answer; each image gets the one answer that is right most often for it.
+    `pairs` has image_id and answer, which alone counts as right here; each image gets the one answer
+    that is right most often for it.
     """
     best = pairs.groupby("image_id")["answer"].transform(_commonest)
     return cluster_interval((best == pairs["answer"]).to_numpy(), pairs["image_id"].to_numpy())
@@ -122,7 +135,8 @@ def accuracy_results(predictions: pd.DataFrame, split: str) -> list[Result]:
     """Accuracy overall, by question type, of the blind baseline, and the difference, all in percent.
 
     `predictions` has image_id, question_type, correct, blind_correct: one row a question; a decoder's
-    also has answer and written. Types named relational_… are also taken together, as are the others.
+    also has answer and written, and answers where there are several. Types named relational_… are
+    also taken together, as are the others.
     """
     image = predictions["image_id"].to_numpy()
     rows = [_accuracy("accuracy", predictions["correct"].to_numpy(), image, split)]
@@ -135,7 +149,7 @@ def accuracy_results(predictions: pd.DataFrame, split: str) -> list[Result]:
             rows.append(_accuracy(f"{name}_accuracy", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
     rows.append(_accuracy("accuracy_blind", predictions["blind_correct"].to_numpy(), image, split))
     if "written" in predictions and predictions["written"].notna().all():  # by a decoder
-        freely = (predictions["written"] == predictions["answer"]).to_numpy()
+        freely = score(predictions["written"], predictions).to_numpy()
         rows.append(_accuracy("accuracy_written", freely, image, split))
     above = paired_difference(predictions["correct"], predictions["blind_correct"], predictions["image_id"])
     value, low, high = (100 * part for part in above)

@@ -26,7 +26,7 @@ from vqa.evaluate import records
 from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
 from vqa.models import vqa_model
-from vqa.models.encoders import pretrained_folder
+from vqa.models.encoders import pretrained_tokenizer
 from vqa.models.vqa_model import AlignmentModel, Reading, TwoTowers, VQAModel
 from vqa.runs import Result, Run
 from vqa.targets import Targets
@@ -166,7 +166,7 @@ def tokenizer_for(config: RunConfig, source: sources.Source) -> transformers.Pre
     """The text tower's public tokenizer, or one trained on the training questions, captions and answers."""
     text = config.model.text_encoder
     if text.pretrained:
-        return transformers.AutoTokenizer.from_pretrained(pretrained_folder(text.pretrained, text.revision))
+        return pretrained_tokenizer(text.pretrained, text.revision)
     train = source.splits["train"]
     captions = {caption for row in train["caption"] for caption in row}
     return train_tokenizer(sorted(set(sources.pairs(train)["question"]) | captions | set(source.answers)))

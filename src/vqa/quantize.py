@@ -28,7 +28,7 @@ from vqa import ask, sources
 from vqa.batches import Split
 from vqa.config import ConfigError
 from vqa.int8 import ENGINE, Logits, QuantizeError, all_logits, export, int8_kernels, quantize_layers
-from vqa.metrics import accuracy_results, cluster_interval, median_result, paired_difference
+from vqa.metrics import accuracy_results, cluster_interval, median_result, paired_difference, score
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count
 from vqa.objectives import split_for
@@ -75,15 +75,18 @@ class Deployment:
 def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
     """Quantize the model of the finished `run` into `folder`, which appears whole or not at all.
 
-    Raises RunError if the run has not finished or `folder` exists, QuantizeError as `write_model`.
+    Raises RunError if the run has not finished or `folder` exists or cannot be made, QuantizeError as `write_model`.
     """
     accuracy = run.result("accuracy")
     if folder.exists():
         raise RunError(f"{folder} exists: name another folder, or remove it")
-    model = load_vqa_model(run.folder / "model")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror}; name another folder") from None
+    try:
+        model = load_vqa_model(run.folder / "model")
         write_model(model, calibration_images(model, source), temporary)
         predictions = compare(model, source.splits["test"], temporary)
         results = [*_accuracies(predictions), *sizes(temporary)]
@@ -115,9 +118,7 @@ def compare(model: VQAModel, table, folder: Path) -> pd.DataFrame:
         columns[f"{prefix}prediction"] = np.array(model.answers)[shares.argmax(-1)]
         columns[f"{prefix}confidence"] = shares.max(-1).values.numpy()
     frame = split.frame.assign(split="test", **columns)
-    return frame.assign(
-        correct=frame["prediction"] == frame["answer"], fp32_correct=frame["fp32_prediction"] == frame["answer"]
-    )
+    return frame.assign(correct=score(frame["prediction"], frame), fp32_correct=score(frame["fp32_prediction"], frame))
 
 
 def _accuracies(predictions: pd.DataFrame) -> list[Result]:

@@ -148,12 +148,12 @@ def arm_name(run: RunConfig) -> str:
     return f"{run.objective}, BatchNorm" if per_rank else run.objective
 
 
-def _answered(objective: Answers | Alignment, rank: Rank) -> tuple[int, int]:
+def _answered(objective: Answers | Alignment, rank: Rank) -> tuple[float, int]:
     """Right answers and all answers of the test split, on the main rank; none where no questions are learned."""
     if not isinstance(objective, Answers):
         return 0, 0
     frame = predict(objective.model, objective.splits["test"], rank)
-    return (int(frame["correct"].sum()), len(frame)) if rank.is_main else (0, 0)
+    return (float(frame["correct"].sum()), len(frame)) if rank.is_main else (0, 0)
 
 
 def compared(reference: Path, other: Path, labels: dict[str, str]) -> list[Result]:

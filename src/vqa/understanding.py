@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as vision
 from vqa import sources
 from vqa.batches import VIEWS, Split
 from vqa.config import RunConfig
-from vqa.metrics import calibration_error, cluster_interval, linear_cka, swap_test
+from vqa.metrics import calibration_error, cluster_interval, linear_cka, score, swap_test
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel
 from vqa.objectives import split_for
@@ -61,11 +61,11 @@ class Judged:
         return cls(config.kind, model, split, predictions, read_all(model, split, VIEWS[:1]))
 
     def correct(self, distort: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-        """Whether each answer (N,) is right when images are seen through `distort`."""
+        """How right each answer (N,) is, 0 to 1, when images are seen through `distort`."""
         split = copy.copy(self.split)
         split.images = _Distorted(self.split.images, distort)
         chosen = read_all(self.model, split, VIEWS[:1])["logits"][0].argmax(-1).numpy()
-        return chosen == split.label_of
+        return score(pd.Series(np.array(self.model.answers)[chosen]), split.frame).to_numpy()
 
 
 class _Distorted:
@@ -125,8 +125,8 @@ def attention(trained: Run, source: sources.Source, run: Run) -> list[Result]:
     """
     model = load_vqa_model(trained.folder / "model")
     answered = trained.predictions().query("split == 'test'")
-    wrong = answered[~answered["correct"]].drop_duplicates("image_id").head(4)
-    right = answered[answered["correct"]].drop_duplicates("question_type").head(8 - len(wrong))
+    wrong = answered[answered["correct"] == 0].drop_duplicates("image_id").head(4)
+    right = answered[answered["correct"] == 1].drop_duplicates("question_type").head(8 - len(wrong))
     chosen = pd.concat([wrong, right]).drop_duplicates("question_id")
     split = split_for(model, source.splits["test"])
     numbers = {image: number for number, image in enumerate(source.splits["test"]["image_id"])}

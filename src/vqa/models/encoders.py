@@ -6,6 +6,8 @@ pixels and normalise them as their weights expect, so a tower cannot get another
 """
 
 import os
+import pickle
+import socket
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from torch import nn
 from vqa.config import ConfigError, ImageEncoderConfig, TextEncoderConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's ResNets
+WAIT_SECONDS = 5  # for a server to answer
 HALF = (0.5, 0.5, 0.5)  # ViT (Dosovitskiy et al. 2021): pixels to [-1, 1]
 
 
@@ -212,30 +215,65 @@ def from_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def pretrained_folder(name: str, revision: str | None) -> str:
     """A local folder as it is, or the hub's snapshot of `name` at `revision`, fetched if need be.
 
-    Raises ConfigError in one sentence if neither is there, without trying again and again.
+    Only weights that are safetensors are fetched, and no code. Raises ConfigError in one sentence if neither
+    is there, without trying again and again.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if Path(name).is_dir():
         return name
     if revision is None:
         raise ConfigError(f"pretrained {name!r} is no local folder, and a hub id needs a revision (a commit hash)")
+    files, reached = ["*.json", "*.txt", "model.safetensors"], _hub_answers()
     try:
-        return snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.txt", "model.safetensors"])
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        return snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=not reached)
+    except OSError:
+        why = "does not give it: check its name and revision, or" if reached else "cannot be reached:"
         raise ConfigError(
-            f"no copy of {name} at {revision[:8]} here and the hub cannot be reached: download it where "
+            f"no copy of {name} at {revision[:8]} here and the hub {why} download it where "
             f"there is a network and put its folder's path under pretrained"
         ) from None
 
 
-def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
-    """torchvision's ResNet18 weights `name`, fetched if need be. Raises ConfigError if they cannot be."""
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, asked once: a download by itself asks six times, which takes 24 s."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError
+
     try:
-        return torchvision.models.ResNet18_Weights[name].get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(f"torchvision's {name} is not here and cannot be fetched: {error}") from None
+        get_session().head(constants.ENDPOINT, timeout=WAIT_SECONDS)
+    except (HTTPError, OSError):  # the latter when HF_HUB_OFFLINE says not to ask
+        return False
+    return True
+
+
+def pretrained_tokenizer(name: str, revision: str | None) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer beside public weights. Raises ConfigError if it is not there, or would need code of its own."""
+    folder = pretrained_folder(name, revision)
+    if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+        raise ConfigError(
+            f"cannot load the tokenizer of {name}: there is none, and the library would make an empty one"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from None
+
+
+def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
+    """torchvision's ResNet18 weights `name`, fetched if need be. Raises ConfigError if they cannot be.
+
+    They are pickled: the hash of what is fetched is checked, and nothing but tensors is unpickled.
+    """
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(WAIT_SECONDS)
+    try:
+        weights = torchvision.models.ResNet18_Weights[name]
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"torchvision's {name} cannot be fetched or read: {str(error).splitlines()[0]}") from None
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def _checkpoint_layers(model: transformers.PreTrainedModel) -> None:
@@ -261,7 +299,7 @@ def _build(kind: type, shape: transformers.PretrainedConfig, config, **arguments
     folder = pretrained_folder(config.pretrained, config.revision)
     try:
         model, report = kind.from_pretrained(
-            folder, config=shape, dtype=torch.float32, output_loading_info=True, **arguments
+            folder, config=shape, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **arguments
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(f"cannot load {config.pretrained}: {str(error).splitlines()[0]}") from None

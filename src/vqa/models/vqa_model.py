@@ -55,7 +55,7 @@ class TwoTowers(nn.Module):
         kept = json.loads((folder / "config.json").read_text())
         model = cls(
             without_public_weights(ModelConfig.model_validate(kept["model"])),
-            AutoTokenizer.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             kept["answers"],
             kept["image_size"],
         )

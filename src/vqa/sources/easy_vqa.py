@@ -12,9 +12,9 @@ import datasets
 import easy_vqa
 import numpy as np
 import pandas as pd
-from torchvision.io import ImageReadMode, decode_image
 
-from vqa.sources import PAIR_COLUMNS, SourceError, table_features
+from vqa.images import ImageError, decode
+from vqa.sources import PAIR_COLUMNS, read_images, table_features
 
 LICENCE = "MIT"
 SIDE = 64
@@ -72,24 +72,14 @@ def _table(folder: Path) -> datasets.Dataset:
     frame["question_type"] = [question_type(*row) for row in zip(frame["question"], frame["answer"], strict=True)]
     rows = frame.groupby("image_id", sort=True)[list(PAIR_COLUMNS)].agg(list).reset_index()
     rows["caption"] = [caption(*row) for row in zip(rows["question"], rows["answer"], strict=True)]
-    rows["image"] = _decode_all([folder / "images" / f"{i}.png" for i in rows["image_id"]])
+    paths = [folder / "images" / f"{i}.png" for i in rows["image_id"]]
+    rows["image"] = list(read_images(paths, _read, "reinstall the package easy-vqa"))
     return datasets.Dataset.from_dict(rows.to_dict("list"), features=table_features(SIDE, SIDE))
 
 
-def _decode_all(paths: list[Path]) -> list[np.ndarray]:
-    """Every image as uint8 (3, 64, 64), or one SourceError that lists all that are bad."""
-    images, bad = [], []
-    for path in paths:
-        try:
-            image = decode_image(str(path), ImageReadMode.RGB)
-            if image.shape != (3, SIDE, SIDE):
-                raise ValueError(f"{tuple(image.shape)} is not (3, {SIDE}, {SIDE})")
-            images.append(image.numpy())
-        except (RuntimeError, OSError, ValueError):
-            bad.append(path)
-    if bad:
-        names = ", ".join(str(path) for path in bad[:5]) + (" …" if len(bad) > 5 else "")
-        raise SourceError(
-            f"{len(bad)} of {len(paths)} images are missing or damaged ({names}): reinstall the package easy-vqa"
-        )
-    return images
+def _read(path: Path) -> np.ndarray:
+    """An image as uint8 (3, 64, 64). Raises ImageError if it is not of that size, or none."""
+    image = decode(path)
+    if image.size != (SIDE, SIDE):
+        raise ImageError(f"{path} has {image.width} x {image.height} pixels, not {SIDE} x {SIDE}")
+    return np.asarray(image).transpose(2, 0, 1)
