@@ -16,10 +16,13 @@ TWO_RANKS = LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)
 RANK = """
 import json, sys, torch
 from vqa.config import LaunchConfig
-from vqa.distributed import all_reduce_sum, from_main, gather_objects, process_group
+from vqa.distributed import all_reduce_sum, from_main, gather_objects, gather_rows, process_group
 
 with process_group(LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)) as rank:
     mine = torch.tensor([1.0, 10.0]) * (rank.rank + 1)
+    rows = torch.tensor([[2.0 * rank.rank], [2.0 * rank.rank + 1]], requires_grad=True)
+    every = gather_rows(rows)
+    (every**2 * torch.arange(4)[:, None] * (rank.rank + 1)).sum().backward()
     said = {
         "rank": rank.rank,
         "is_main": rank.is_main,
@@ -29,6 +32,9 @@ with process_group(LaunchConfig(world_size=2, device="cpu", threads_per_rank=1))
         "mine": mine.tolist(),
         "gathered": gather_objects({"from": rank.rank}, rank),
         "main": from_main(f"said by {rank.rank}"),
+        "rows": every.flatten().tolist(),
+        "gradient": rows.grad.flatten().tolist(),
+        "numbers": gather_rows(torch.tensor([rank.rank])).tolist(),
     }
 said["left"] = not torch.distributed.is_initialized()
 print(json.dumps(said))
@@ -66,6 +72,13 @@ def test_the_sum_is_everyones_and_changes_nobodys(said):
 def test_objects_go_to_the_main_rank_in_order_and_from_it_to_all(said):
     assert [s["gathered"] for s in said] == [[{"from": 0}, {"from": 1}], []]
     assert [s["main"] for s in said] == ["said by 0"] * 2
+
+
+def test_gathered_rows_take_every_ranks_gradient_back(said):
+    """The ranks' losses are k and 2k times the squares of rows 0 to 3, k = 0 to 3: together 3k x², so 6kx."""
+    assert [s["rows"] for s in said] == [[0.0, 1.0, 2.0, 3.0]] * 2
+    assert [s["gradient"] for s in said] == [[0.0, 6.0], [24.0, 54.0]]
+    assert [s["numbers"] for s in said] == [[0, 1]] * 2
 
 
 def test_more_ranks_than_gpus_are_refused():

@@ -84,6 +84,28 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(world_size x N, …) every rank's `rows` (N, …), rank after rank, on every rank.
+
+    Gradients flow back to the rank a row came from: the sum of those that all ranks' losses have for it.
+    """
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    """PyTorch's own gathering with gradients has another name in every other release."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient).chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather_objects(value: object, rank: Rank) -> list:
     """Every rank's `value`, in rank order, on the main rank; an empty list on the others."""
     gathered = [None] * rank.world_size if rank.is_main else None

@@ -13,15 +13,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 
 from vqa import sources
 from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
-from vqa.distributed import Rank, from_main
+from vqa.distributed import Rank, from_main, gather_rows
 from vqa.evaluate import records
 from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
@@ -83,10 +81,7 @@ class Alignment:
         image, caption, scale = network(**batch.inputs())
         number = batch.question_number[batch.question_index]
         if self.rank.world_size > 1:
-            image, caption = torch.cat(all_gather(image)), torch.cat(all_gather(caption))
-            numbers = [torch.empty_like(number) for _ in range(self.rank.world_size)]
-            dist.all_gather(numbers, number)
-            number = torch.cat(numbers)
+            image, caption, number = (gather_rows(rows) for rows in (image, caption, number))
         return contrastive_loss(image.float(), caption.float(), number, scale.float())
 
     def judge(self) -> float:
