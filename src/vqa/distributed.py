@@ -30,11 +30,16 @@ class Rank:
 
 
 def check_devices(launch: LaunchConfig) -> None:
-    """Raise ConfigError if this machine cannot give each rank its own device."""
-    if launch.device == "cuda" and torch.cuda.device_count() < launch.world_size:
+    """Raise ConfigError if this machine cannot give each of its ranks its own device.
+
+    Its ranks are all there are, unless torchrun says how many of them it started here.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world_size))
+    if launch.device == "cuda" and torch.cuda.device_count() < here:
+        said = "launch.world_size is" if here == launch.world_size else "torchrun's --nproc-per-node is"
         raise ConfigError(
-            f"launch.world_size is {launch.world_size} but this machine has "
-            f"{torch.cuda.device_count()} GPUs: lower it, or set launch.device to cpu"
+            f"{said} {here} but this machine has {torch.cuda.device_count()} GPUs: "
+            "lower it, or set launch.device to cpu"
         )
 
 
