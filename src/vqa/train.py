@@ -10,7 +10,6 @@ images does not depend on the number of ranks: world size changes the speed, not
 """
 
 import argparse
-import socket
 import sys
 import time
 from contextlib import nullcontext
@@ -83,15 +82,15 @@ def train(config: RunConfig, run: Run, rank: Rank) -> None:
 def train_all(config: RunConfig, rank: Rank) -> None:
     """Train `config` in its run folder, after the runs that it starts from and that nobody has finished yet.
 
-    The main rank alone writes; every rank must see the folder. Raises RunError where one does not.
+    The main rank alone writes; every rank must see the folder. Raises RunError on all ranks if one does not.
     """
     run = Run(config)
     for needed in from_main([needed.config for needed in run.needed if not needed.finished]):
         train_all(needed, rank)
     with run.writing() if rank.is_main else nullcontext():
         torch.distributed.barrier()
-        if not run.folder.is_dir():
-            raise RunError(f"{socket.gethostname()} does not see {run.folder}: hosts must share the folder VQA_RUNS")
+        if blind := int(all_reduce_sum(torch.tensor(not run.folder.is_dir(), dtype=torch.int, device=rank.device))):
+            raise RunError(f"{blind} ranks do not see {run.folder}: hosts must share the folder VQA_RUNS")
         train(config, run, rank)
 
 
