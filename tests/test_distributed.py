@@ -18,7 +18,7 @@ import torch
 from vqa.config import ConfigError, LaunchConfig, TrainConfig, save_yaml
 from vqa.distributed import AGENT, check_devices
 from vqa.launch import launch
-from vqa.runs import Run
+from vqa.runs import RUNS, Run
 
 TWO_RANKS = LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)
 
@@ -215,9 +215,9 @@ def on_the_command_line(config: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def shared(tmp_path, trained) -> Path:
+def shared(tmp_path, source) -> Iterator[Path]:
     """A run folder of their own for two hosts, with the data set in it; no process is left with it afterwards."""
-    shutil.copytree(Run(trained["pair"].config).folder.parent / "data", tmp_path / "runs" / "data")
+    shutil.copytree(RUNS / "data", tmp_path / "runs" / "data")
     yield tmp_path / "runs"
     left = on_the_command_line(tmp_path / "config.yaml")
     for process in left:
