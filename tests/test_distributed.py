@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from vqa.config import ConfigError, LaunchConfig, TrainConfig, save_yaml
+from vqa.config import ROOT, ConfigError, LaunchConfig, TrainConfig, load_profile, parse_overrides, save_yaml
 from vqa.distributed import AGENT, check_devices
 from vqa.launch import launch
 from vqa.runs import RUNS, Run
@@ -242,6 +242,26 @@ def ends(agents: list[subprocess.Popen]) -> list[str]:
     return said
 
 
+def test_slurm_starts_one_agent_a_host_and_counts_all_ranks(tmp_path):
+    """Two hosts, with a scontrol and an srun that only say what they are asked."""
+    for name, line in {"scontrol": "echo node7; echo node8", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o700)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "5"}
+    said = subprocess.run(
+        ["bash", ROOT / "params" / "l4x4.slurm", "student", "train.student.epochs=3"],
+        env=os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "torchrun --nnodes 2 --nproc-per-node 4" in said and "--rdzv-endpoint node7:29500 --rdzv-id 5" in said
+    arguments, overrides = said.split(" -m vqa.train ")[1].split(" --set ")
+    assert arguments == "--profile l4x4 --role student"
+    run = load_profile("l4x4", parse_overrides(overrides.split())).run("student")
+    assert run.launch.world_size == run.parent.launch.world_size == 8 and run.train.epochs == 3
+
+
 def test_two_hosts_learn_the_bits_of_one_with_as_many_ranks(hosts, shared, trained, tmp_path):
     """Alignment, in which vectors travel as well as gradients."""
     alone = trained["aligned_pair"]
@@ -255,7 +275,7 @@ def test_two_hosts_learn_the_bits_of_one_with_as_many_ranks(hosts, shared, train
 @pytest.mark.skipif("checkpoint_every_steps" not in TrainConfig.model_fields, reason="needs checkpoints")
 def test_training_survives_the_loss_of_a_host(hosts, shared, tiny_profile, tmp_path):
     """The second host's agent dies with its rank, another joins; in the end the bits are those of one calm host."""
-    changes = {"launch__world_size": 2, "train__epochs": 40, "train__checkpoint_every_steps": 4}
+    changes = {"launch__world_size": 2, "train__epochs": 15, "train__checkpoint_every_steps": 4}
     calm = Run(tiny_profile.run("teacher", aligned=False, **changes))
     folder, config = shared / calm.folder.name, tmp_path / "config.yaml"
     save_yaml(calm.config, config)
@@ -268,6 +288,7 @@ def test_training_survives_the_loss_of_a_host(hosts, shared, tiny_profile, tmp_p
     assert not (folder / "results.json").exists()
     agents[1] = torchrun(hosts[1], config, shared)
     ends(agents)
+    assert "going on after step" in (folder / "log.txt").read_text()
     launch(calm)
     assert weights_hash(folder) == weights_hash(calm.folder)
     assert dict(losses(folder)) == dict(losses(calm.folder))
