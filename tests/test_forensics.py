@@ -324,3 +324,4 @@ def test_how_often_draws_repeat_the_earlier_table():
     assert found["order"] == pytest.approx(np.mean([four < one < two for one, two, four in draws]))
     assert found["apart"] == pytest.approx(np.mean([two / four > 1.44 / 0.098 for _, two, four in draws]))
     assert found["reach"] == pytest.approx(16)
+    assert found["span"] == pytest.approx(100 * math.log(3.0 / 0.1) / math.log(1.44 / 0.098))

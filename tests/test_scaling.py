@@ -1,11 +1,15 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from vqa import sources
+from vqa import scaling, sources
 from vqa.batches import EpochPlan
 from vqa.launch import launch
+from vqa.objectives import Answers
 from vqa.prediction import BUCKET_BYTES, exposed_seconds, predictions
 from vqa.report import Report, record
 from vqa.runs import Run
@@ -73,17 +77,48 @@ def test_differences_are_found(tmp_path):
     )
 
 
-def test_an_accumulated_step_is_the_step_of_the_whole(tiny, source, one_rank):
-    """Transformers only. The first step is of rate zero, so weights differ after the second alone."""
-    whole, parts = (Arm(Way(1, accumulated), tiny, source, one_rank, None) for accumulated in (False, True))
-    for arm in (whole, parts):
+def test_an_accumulated_step_is_the_step_of_its_global_batches_at_once(tiny_profile, source, one_rank):
+    """Transformers only. Four global batches of 16 against one of 64, at equal rates; two steps."""
+    sizes = ({"train__global_batch_size": 64, "train__epochs": 8}, {})
+    runs = (tiny_profile.run("teacher", **size) for size in sizes)
+    arms = [Arm(Way(1, accumulated), run, source, one_rank, None) for accumulated, run in enumerate(runs)]
+    assert [arm.way.parts for arm in arms] == [1, 4] and [arm.images for arm in arms] == [64, 64]
+    for arm in arms:
         start = [p.detach().clone() for p in arm.trainer.model.parameters()]
-        for step in range(2):
-            arm.step(np.arange(16 * step, 16 * step + 16))
-    one, many = (list(arm.trainer.model.parameters()) for arm in (whole, parts))
+        for _ in range(2):
+            arm.step(np.arange(64))
+    one, many = (list(arm.trainer.model.parameters()) for arm in arms)
     assert max((p - q).abs().max() for p, q in zip(one, many, strict=True)) < 2e-5
     assert max((p - q).abs().max() for p, q in zip(one, start, strict=True)) > 5e-4
-    assert len(whole.seconds) == len(parts.seconds) == 2
+    assert [len(arm.seconds) for arm in arms] == [2, 2]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_rank_takes_whole_global_batches_where_it_accumulates_and_its_share_where_not(
+    ranks, tiny, source, one_rank, monkeypatch
+):
+    """As the last rank of its Way takes them: micro-batches of 16 images, whatever the number of ranks."""
+    last = replace(one_rank, rank=ranks - 1)
+    for way, images in ((Way(ranks, True), 16), (Way(ranks), 16 // ranks), (Way(1, half=True), 8)):
+        taken = []
+        arm = Arm(replace(way, exchange=False), tiny, source, last if way.ranks > 1 else one_rank, None)
+        monkeypatch.setattr(arm.trainer, "update", lambda batches, images, taken=taken: taken.extend(batches))
+        arm.step(np.arange(64))
+        assert [len(batch.pixel_values) for batch in taken] == [images] * arm.way.parts
+
+
+def test_an_exchange_is_timed_without_the_computing(tiny, source, one_rank, monkeypatch):
+    """DDP's backward pass takes 5 s here and the same one without DDP 2 s; weights keep no gradient of it."""
+    monkeypatch.setattr(
+        scaling, "_backward_seconds", lambda module: 5.0 if isinstance(module, DistributedDataParallel) else 2.0
+    )
+    model = Answers(tiny, source, one_rank).model
+    assert scaling._exchange_seconds(model, one_rank, torch.distributed.group.WORLD, 1) == 3.0
+
+
+def test_touching_every_weight_gives_every_weight_a_gradient_of_ones(model):
+    assert scaling._backward_seconds(scaling._Touched(model)) > 0
+    assert all((weight.grad == 1).all() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("knob", KNOBS)

@@ -15,10 +15,11 @@ from vqa import runs, sources
 from vqa import train as training
 from vqa.batches import EpochPlan
 from vqa.config import ConfigError, save_yaml
+from vqa.distributed import Rank
 from vqa.evaluate import predict
 from vqa.models.vqa_model import AlignmentModel
 from vqa.objectives import Answers
-from vqa.runs import Run
+from vqa.runs import Run, RunError
 from vqa.train import Trainer, TrainingError, optimizer
 
 
@@ -153,6 +154,39 @@ def test_training_stops_when_patience_ends(tiny_profile, train_here):
     """At a rate that changes nothing the first epoch stays the best."""
     run = train_here(tiny_profile.run("teacher", train__epochs=9, train__lr=1e-12, train__patience=2))
     assert run.finished and run.metrics()["validation"].count() == 3
+
+
+def test_what_a_run_starts_from_is_trained_first_if_nobody_has(tiny_profile, one_rank, tmp_path, monkeypatch):
+    """As `python -m vqa.train` does; the second time the finished parent stays as it is."""
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    alignment = tiny_profile.model_copy(update={"alignment": {"teacher": tiny_profile.train["teacher"]}})
+    child = alignment.run("teacher", train__epochs=1)
+    try:
+        training.train_all(child, one_rank)
+        first = (Run(child.parent).folder / "results.json").stat().st_mtime_ns
+        assert first < (Run(child).folder / "env.json").stat().st_mtime_ns
+        training.train_all(child, one_rank)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert Run(child).finished and (Run(child.parent).folder / "results.json").stat().st_mtime_ns == first
+
+
+def test_a_rank_that_does_not_see_the_run_folder_is_told_of_before_training(tiny, one_rank, tmp_path, monkeypatch):
+    """The main rank writes, so only another can be blind: here one that finds nobody writing."""
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    blind = Rank(1, 0, 2, one_rank.device)
+    with pytest.raises(RunError, match=r"^1 ranks do not see .*: hosts must share the folder VQA_RUNS$"):
+        training.train_all(tiny, blind)
+
+
+@pytest.mark.parametrize(("rank", "builds_on_turn"), [((0, 0), 0), ((1, 1), 2), ((4, 0), 1)])
+def test_a_data_set_is_built_by_one_rank_of_those_that_share_a_disk(rank, builds_on_turn, tiny, one_rank, monkeypatch):
+    """The main rank first, then local rank 0 of each host, then all others; each loads once."""
+    turns, loaded = [], []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: turns.append(None))
+    monkeypatch.setattr(sources, "load", lambda data: loaded.append(len(turns)) or "source")
+    assert training.load_data(tiny, Rank(*rank, 8, one_rank.device)) == "source"
+    assert loaded == [builds_on_turn] and len(turns) == 3
 
 
 def test_costs_are_those_of_the_saved_model(trained):

@@ -30,11 +30,16 @@ class Rank:
 
 
 def check_devices(launch: LaunchConfig) -> None:
-    """Raise ConfigError if this machine cannot give each rank its own device."""
-    if launch.device == "cuda" and torch.cuda.device_count() < launch.world_size:
+    """Raise ConfigError if this machine cannot give each of its ranks its own device.
+
+    Its ranks are all there are, unless torchrun says how many of them it started here.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world_size))
+    if launch.device == "cuda" and torch.cuda.device_count() < here:
+        said = "launch.world_size is" if here == launch.world_size else "torchrun's --nproc-per-node is"
         raise ConfigError(
-            f"launch.world_size is {launch.world_size} but this machine has "
-            f"{torch.cuda.device_count()} GPUs: lower it, or set launch.device to cpu"
+            f"{said} {here} but this machine has {torch.cuda.device_count()} GPUs: "
+            "lower it, or set launch.device to cpu"
         )
 
 
@@ -82,6 +87,28 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(world_size x N, …) every rank's `rows` (N, …), rank after rank, on every rank.
+
+    Gradients flow back to the rank a row came from: the sum of those that all ranks' losses have for it.
+    """
+    return _GatherRows.apply(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    """PyTorch's own gathering with gradients has another name in every other release."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient).chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather_objects(value: object, rank: Rank) -> list:

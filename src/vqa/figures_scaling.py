@@ -81,7 +81,7 @@ def step_times(report: "Report") -> Figure:
     (record,) = measured(report, "speed")
     rows = by_ranks(pd.DataFrame(record.rows(report.profile)))
     made, axes = pyplot.subplots(1, 2, figsize=(11, 3.8))
-    titles = {"plain": "gradients exchanged every step", "plain, accumulated": "accumulated, exchanged once"}
+    titles = {"plain": "one global batch, shared out", "plain, accumulated": "four global batches, exchanged once"}
     for axis, (engine, title) in zip(axes, titles.items(), strict=True):
         chosen = rows[rows["engine"] == engine]
         found = chosen[chosen["metric"] == "step_seconds"]

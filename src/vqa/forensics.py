@@ -293,7 +293,8 @@ def reconstructed(losses: dict[int, np.ndarray]) -> dict[str, float]:
 
     `losses` are rank 0's of a last epoch. `order`: the share of draws with four ranks below one below
     two (a sixth by chance alone); `apart`: with two ranks at least as many times above four as
-    published; `reach`: the largest ratio of two to four ranks.
+    published; `reach`: the largest ratio of two to four ranks; `span`: how far the most favourable
+    draws of any ranks lie apart, in percent of how far the published losses do.
     """
     one, two, four = (losses[ranks] for ranks in EARLIER)
     ratios = two[:, None] / four
@@ -301,6 +302,7 @@ def reconstructed(losses: dict[int, np.ndarray]) -> dict[str, float]:
         "order": float(np.mean([(four < loss).mean() * (two > loss).mean() for loss in one])),
         "apart": float((ratios >= EARLIER[2] / EARLIER[4]).mean()),
         "reach": float(ratios.max()),
+        "span": spread(*(end(batch) for batch in losses.values() for end in (min, max))),
     }
 
 

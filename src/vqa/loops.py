@@ -119,6 +119,7 @@ class _Others(transformers.TrainerCallback):
 
     def __init__(self, steps: list[np.ndarray], arms: list[Arm]):
         self.steps, self.arms, self.seconds = iter(steps), arms, []
+        self.orders = np.random.default_rng(0)  # who comes right after Trainer finds cold caches: not always the same
 
     def on_train_begin(self, *_, **__) -> None:
         self.resumed = time.perf_counter()
@@ -126,8 +127,8 @@ class _Others(transformers.TrainerCallback):
     def on_step_end(self, *_, **__) -> None:
         self.seconds.append(time.perf_counter() - self.resumed)
         images = next(self.steps)
-        for arm in self.arms:
-            arm.step(images)
+        for place in self.orders.permutation(len(self.arms)):
+            self.arms[place].step(images)
         self.resumed = time.perf_counter()
 
 

@@ -13,15 +13,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 
 from vqa import sources
 from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
-from vqa.distributed import Rank, from_main
+from vqa.distributed import Rank, from_main, gather_rows
 from vqa.evaluate import records
 from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
@@ -81,13 +79,10 @@ class Alignment:
     def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
         """The loss of the whole step, on every rank: every rank's pairs are everyone's negatives."""
         image, caption, scale = network(**batch.inputs())
-        numbers = torch.stack([batch.image_number[batch.image_index], batch.question_number[batch.question_index]])
+        numbers = torch.stack([batch.image_number[batch.image_index], batch.question_number[batch.question_index]], 1)
         if self.rank.world_size > 1:
-            image, caption = torch.cat(all_gather(image)), torch.cat(all_gather(caption))
-            everyones = [torch.empty_like(numbers) for _ in range(self.rank.world_size)]
-            dist.all_gather(everyones, numbers)
-            numbers = torch.cat(everyones, 1)
-        return contrastive_loss(image.float(), caption.float(), *numbers, scale.float())
+            image, caption, numbers = (gather_rows(rows) for rows in (image, caption, numbers))
+        return contrastive_loss(image.float(), caption.float(), *numbers.T, scale.float())
 
     def judge(self) -> float:
         """R-precision over the whole validation gallery, the mean of both directions, 0 to 1."""

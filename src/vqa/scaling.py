@@ -37,7 +37,7 @@ from vqa.train import Trainer, load_data
 
 PARITY_STEPS = 50  # loss curves are compared over the first so many steps
 TOLERANCE = 1e-3  # relative, of the loss curves
-REDUCED_TIMES = 10  # all-reduces of a whole gradient that bandwidth is measured with
+EXCHANGES = 10  # of a whole gradient, that bandwidth is measured with
 KNOBS = {  # options of DistributedDataParallel, one at a time
     "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
     "static_graph": {"static_graph": True},
@@ -174,22 +174,31 @@ def compared(reference: Path, other: Path, labels: dict[str, str]) -> list[Resul
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take a training step: by the first `ranks` ranks, accumulating or not, exchanging gradients or not."""
+    """One way to take a training step: by the first `ranks` ranks, accumulating or not, exchanging gradients or not.
+
+    A plain step shares out one global batch. An accumulated one takes ACCUMULATED_PARTS of them, each whole
+    on some rank. `half` of a global batch is what one of two ranks computes, here with the machine to itself.
+    """
 
     ranks: int
     accumulated: bool = False
     exchange: bool = True
     knob: str = "plain"
+    half: bool = False
 
     @property
     def labels(self) -> dict[str, str]:
-        engine = self.knob if self.exchange else "no exchange"
+        engine = "half the images" if self.half else self.knob if self.exchange else "no exchange"
         return {"engine": engine + (", accumulated" if self.accumulated else ""), "world_size": str(self.ranks)}
 
     @property
     def parts(self) -> int:
         """Micro-batches a rank."""
         return ACCUMULATED_PARTS // self.ranks if self.accumulated else 1
+
+    def images(self, global_batch_size: int) -> int:
+        """Images a step, over all ranks."""
+        return global_batch_size * ACCUMULATED_PARTS if self.accumulated else global_batch_size // (1 + self.half)
 
 
 class Arm:
@@ -198,6 +207,7 @@ class Arm:
     def __init__(self, way: Way, run: RunConfig, source: sources.Source, rank: Rank, group: dist.ProcessGroup | None):
         torch.manual_seed(run.seed)
         self.way, self.rank, self.seconds = way, rank, []
+        self.images = way.images(run.train.global_batch_size)
         alone = Rank(rank.rank, rank.local_rank, 1, rank.device)
         objective = Answers(run, source, alone)
         objective.model.to(rank.device).train()
@@ -210,10 +220,14 @@ class Arm:
                 self.trainer.model.register_comm_hook(group, bf16_compress_hook)
 
     def step(self, images: np.ndarray) -> None:
-        """One whole training step on `images` (B,), making the batches included, timed on every rank of the Way."""
+        """One whole training step on the first of `images` that the Way takes, timed on each of its ranks.
+
+        Making the batches is part of it.
+        """
         dist.barrier()
         if self.rank.rank >= self.way.ranks:
             return
+        images = images[: self.images]
         started = time.perf_counter()
         shares = np.split(images, self.way.ranks * self.way.parts)[self.rank.rank :: self.way.ranks]
         batches = [self.trainer.split.batch(share).to(self.rank.device) for share in shares]
@@ -224,20 +238,21 @@ class Arm:
 
 
 def speed(config: ScalingConfig, source: sources.Source, rank: Rank) -> list[Result]:
-    """Steps of the same global batch on 1, 2, … ranks, in turn, all in this one job.
+    """Steps on 1, 2, … ranks, in turn, all in this one job.
 
-    An accumulated step takes the same images in ACCUMULATED_PARTS parts, shared out over the ranks,
-    and exchanges gradients once. `no exchange` ways compute the same but keep their gradients. A step
-    lasts as long as its slowest rank.
+    Plain ones share out the same global batch, accumulated ones the same ACCUMULATED_PARTS global batches.
+    `no exchange` ways compute the same but keep their gradients. A step lasts as long as its slowest rank.
+    Predicted is a step that computes what it does without exchange, then exchanges as ranks do that do nothing else.
     """
     sizes = [n for n in (1, 2, 4) if n <= rank.world_size]
     groups = {n: dist.new_group(range(n)) for n in sizes}
     ways = [Way(n, accumulated) for n in sizes for accumulated in (False, True)]
-    ways += [replace(way, exchange=False) for way in ways if way.ranks > 1]
+    ways += [replace(way, exchange=False) for way in ways if way.ranks > 1] + [Way(1, half=True)]
     ways += [Way(2, knob=knob) for knob in KNOBS if rank.world_size > 1]
     arms = [Arm(way, config.run, source, rank, groups[way.ranks]) for way in ways]
     _in_turn(arms, config)
-    bandwidth = {n: _bytes_per_second(arms[0].trainer.model, rank, groups[n], n) for n in sizes if n > 1}
+    gradient = sum(p.numel() * p.element_size() for p in arms[0].trainer.model.parameters())
+    bandwidth = {n: gradient / _exchange_seconds(arms[0].trainer.model, rank, groups[n], n) for n in sizes if n > 1}
     shares = gather_objects([arm.seconds for arm in arms], rank)
     overlap = [
         row for arm in arms if arm.way in (Way(2), Way(2, knob="buckets of 1 MB")) for row in _overlap(arm, config)
@@ -246,14 +261,11 @@ def speed(config: ScalingConfig, source: sources.Source, rank: Rank) -> list[Res
         return []
     found = {way: np.max([share[place] for share in shares[: way.ranks]], axis=0) for place, way in enumerate(ways)}
     rows = [_median("step_seconds", seconds, "s", way) for way, seconds in found.items()]
-    rows += [
-        Result("all_reduce_bytes_per_second", b, "B/s", labels={"world_size": str(n)}) for n, b in bandwidth.items()
-    ]
-    gradient = sum(p.numel() * p.element_size() for p in arms[0].trainer.model.parameters())
+    rows += [Result("exchange_bytes_per_second", b, "B/s", labels={"world_size": str(n)}) for n, b in bandwidth.items()]
     for way in ways:
         alone = found[Way(1, way.accumulated)]
-        if way.ranks > 1 and way.exchange:
-            rows.append(_median("scaling_efficiency", alone / (way.ranks * found[way]), "ratio", way))
+        if way.ranks > 1 or way.half:
+            rows.append(_median("scaling_efficiency", alone / (max(way.ranks, 2) * found[way]), "ratio", way))
         if way.ranks > 1 and way.exchange and way.knob == "plain":
             silent = found[Way(way.ranks, way.accumulated, exchange=False)]
             predicted = silent + exposed_seconds(gradient, bandwidth[way.ranks])
@@ -265,13 +277,17 @@ def speed(config: ScalingConfig, source: sources.Source, rank: Rank) -> list[Res
 
 
 def _in_turn(arms: list[Arm], config: ScalingConfig) -> None:
-    """Every arm takes step 1, then every arm step 2, …, so that drift hits all alike; warm-up is forgotten."""
-    order = np.random.default_rng(config.run.seed).permutation(len(arms[0].trainer.split))
-    size = config.run.train.global_batch_size
+    """Every arm takes step 1, then every arm step 2, …, each time in another order; warm-up is forgotten.
+
+    Drift and what the arm before left in the caches then hit all alike.
+    """
+    generator = np.random.default_rng(config.run.seed)
+    order = generator.permutation(len(arms[0].trainer.split))
+    size = max(arm.images for arm in arms)
     for step in range(WARMUP_STEPS + config.steps):
         images = np.take(order, np.arange(step * size, (step + 1) * size), mode="wrap")
-        for arm in arms:
-            arm.step(images)
+        for place in generator.permutation(len(arms)):
+            arms[place].step(images)
     for arm in arms:
         del arm.seconds[:WARMUP_STEPS]
 
@@ -280,19 +296,42 @@ def _median(metric: str, values: np.ndarray | list[float], unit: str, way: Way) 
     return median_result(metric, list(values), unit, way.labels)
 
 
-def _bytes_per_second(model: torch.nn.Module, rank: Rank, group: dist.ProcessGroup, ranks: int) -> float:
-    """Bytes of gradient that `ranks` otherwise idle ranks all-reduce a second: the median of REDUCED_TIMES."""
-    count = sum(p.numel() for p in model.parameters())
-    gradient, seconds = torch.zeros(count, device=rank.device), []
-    for _ in range(REDUCED_TIMES):
+class _Touched(torch.nn.Module):
+    """A loss that touches every weight of `model` and computes next to nothing: its backward pass is DDP's own work."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([weight.sum() for weight in self.model.parameters()]).sum()
+
+
+def _exchange_seconds(model: torch.nn.Module, rank: Rank, group: dist.ProcessGroup, ranks: int) -> float:
+    """Seconds in which `ranks` otherwise idle ranks exchange one gradient: the median of EXCHANGES.
+
+    All that DDP does for it counts: into buckets, the all-reduce, out again.
+    """
+    touched, seconds = _Touched(model), []
+    if rank.rank < ranks:
+        shared = DistributedDataParallel(touched, process_group=group)
+    for _ in range(WARMUP_STEPS + EXCHANGES):
         dist.barrier()
         if rank.rank < ranks:
-            started = time.perf_counter()
-            dist.all_reduce(gradient, group=group)
-            if rank.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-    return count * gradient.element_size() / float(np.median(seconds)) if seconds else 0.0
+            seconds.append(_backward_seconds(shared) - _backward_seconds(touched))
+    model.zero_grad()
+    return float(np.median(seconds[WARMUP_STEPS:])) if seconds else float("inf")
+
+
+def _backward_seconds(module: torch.nn.Module) -> float:
+    loss = module()
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _overlap(arm: Arm, config: ScalingConfig) -> list[Result]:

@@ -2,6 +2,9 @@
 
     torchrun --standalone --nproc-per-node N -m vqa.train --profile default --role teacher
 
+and on several hosts the same command on each, with torchrun's --nnodes and --rdzv-endpoint, and all
+ranks counted in launch.world_size; params/l4x4.slurm does it under SLURM.
+
 A step's loss is the sum over its pairs divided by their number on all ranks, and the order of
 images does not depend on the number of ranks: world size changes the speed, not what is learned.
 """
@@ -23,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vqa import sources
 from vqa.batches import Batch, EpochPlan
 from vqa.config import ConfigError, RunConfig, TrainConfig, load_profile, load_section, parse_overrides
-from vqa.distributed import Rank, all_reduce_sum, check_devices, process_group
+from vqa.distributed import Rank, all_reduce_sum, check_devices, from_main, process_group
 from vqa.models.vqa_model import parameter_count
 from vqa.objectives import OBJECTIVES, Alignment, Answers
 from vqa.runs import Result, Run, RunError
@@ -76,12 +79,32 @@ def train(config: RunConfig, run: Run, rank: Rank) -> None:
         reporter.say(f"{main_figure.split} {main_figure.metric} {main_figure.value:.2f} %, from epoch {best_epoch + 1}")
 
 
+def train_all(config: RunConfig, rank: Rank) -> None:
+    """Train `config` in its run folder, after the runs that it starts from and that nobody has finished yet.
+
+    The main rank alone writes; every rank must see the folder. Raises RunError on all ranks if one does not.
+    """
+    run = Run(config)
+    for needed in from_main([needed.config for needed in run.needed if not needed.finished]):
+        train_all(needed, rank)
+    with run.writing() if rank.is_main else nullcontext():
+        torch.distributed.barrier()
+        if blind := int(all_reduce_sum(torch.tensor(not run.folder.is_dir(), dtype=torch.int, device=rank.device))):
+            raise RunError(f"{blind} ranks do not see {run.folder}: hosts must share the folder VQA_RUNS")
+        train(config, run, rank)
+
+
 def load_data(config: RunConfig, rank: Rank) -> sources.Source:
-    """The data set; what is missing on disk is built by the main rank while the others wait."""
-    if rank.is_main:
-        sources.load(config.data)
-    torch.distributed.barrier()
-    return sources.load(config.data)
+    """The data set. What is missing on disk one rank builds while the others wait.
+
+    That is the main rank, then one rank of each host that does not see what the main rank built.
+    """
+    source = None
+    for builds in (rank.is_main, rank.local_rank == 0, True):
+        if builds and source is None:
+            source = sources.load(config.data)
+        torch.distributed.barrier()
+    return source
 
 
 class Trainer:
@@ -248,9 +271,8 @@ def main() -> None:
             overrides = parse_overrides(arguments.overrides)
             config = load_profile(arguments.profile, overrides).run(arguments.role, arguments.seed)
         check_devices(config.launch)
-        run = Run(config)
-        with process_group(config.launch) as rank, run.writing() if rank.is_main else nullcontext():
-            train(config, run, rank)
+        with process_group(config.launch) as rank:
+            train_all(config, rank)
     except (ConfigError, RunError, TrainingError, sources.SourceError) as error:
         sys.exit(f"error: {error}")
 
