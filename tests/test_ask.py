@@ -1,5 +1,7 @@
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +79,46 @@ def test_the_requirements_of_the_edge_are_those_of_the_study():
     names = {line.partition("==")[0].lower() for line in edge}
     assert {"onnxruntime", "tokenizers", "pillow", "numpy"} <= names
     assert not names & {"torch", "transformers"}
+
+
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory):
+    """An environment with what requirements-edge.txt names and nothing else; ask.py lies beside it."""
+    folder = tmp_path_factory.mktemp("edge")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    install = ["-m", "pip", "--python", folder / "env/bin/python", "install", "--quiet", "--retries", "1"]
+    command = [sys.executable, *install, "-r", ROOT / "requirements-edge.txt"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index did not deliver the edge install within five minutes")
+    if "from versions: none" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    (folder / "vqa").mkdir()
+    for name in ("__init__.py", "ask.py"):
+        shutil.copy(ROOT / "src" / "vqa" / name, folder / "vqa" / name)
+    return folder
+
+
+def test_the_edge_install_is_small_and_answers_within_a_second(edge, deployed, photo):
+    """220 MB and half a second of processor time were measured; the processor's, as other tests may run beside this."""
+    installed = sum(path.stat().st_size for path in (edge / "env/lib").rglob("*") if path.is_file())
+    assert 50e6 < installed <= 250e6
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [edge / "env/bin/python", "-m", "vqa.ask", photo, QUESTION, "--model", deployed],
+            env={"PYTHONPATH": str(edge), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 3
+    assert min(spent) <= 1.0
 
 
 def test_a_file_of_pairs_gives_the_answers_of_single_questions(deployed, photo):
