@@ -1,7 +1,6 @@
 import sys
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -12,8 +11,7 @@ from vqa.int8 import QuantizeError
 from vqa.models import load_vqa_model
 from vqa.objectives import split_for
 from vqa.pt2e import compiled, compiled_int8, int8_kernels, missing, quantized
-from vqa.quantize import eager, one_pair, write_model
-from vqa.runs import Run
+from vqa.quantize import eager, write_model
 
 needs_a_compiler = pytest.mark.skipif(bool(missing()), reason=missing())
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqa import ask, sources
 from vqa.batches import train_tokenizer
@@ -157,6 +158,7 @@ def latency(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> li
             write_model(models[role], calibration_images(models[role], source, 8), place / "deployment")
             rows += _bytes(role, place)
         size = models["student"].image_size
+        rows += [_operations(role, model, inputs(1, size)) for role, model in models.items()]
         arms = _arms(models, places, THREADS)
         if config.kind == "latency_compiled":
             arms |= _compiled_arms(models, inputs(1, size))
@@ -181,6 +183,13 @@ def _arms(models: dict[str, VQAModel], places: dict[str, Path], threads: int) ->
         for role, model in models.items()
         for own, logits in engines(model, places[role] / "deployment", threads).items()
     }
+
+
+def _operations(role: str, model: VQAModel, single: dict[str, np.ndarray]) -> Result:
+    with FlopCounterMode(display=False) as counter:
+        eager(model)(**single)
+    labels = {"model": f"{role}, random weights"}
+    return Result("flops_per_question", counter.get_total_flops(), "flop", labels=labels)
 
 
 def _compiled_arms(models: dict[str, VQAModel], single: dict[str, np.ndarray]) -> dict[Arm, Logits]:

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from vqa import ask, sources
 from vqa.distributed import Rank
 from vqa.evaluate import predict
-from vqa.int8 import all_logits
+from vqa.int8 import ENGINE, all_logits
 from vqa.metrics import cluster_interval, paired_difference
 from vqa.models import load_vqa_model
 from vqa.objectives import Distillation
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from vqa.benchmark import BenchmarkConfig
 
 WEIGHT_BITS = 4  # at 8, nothing is lost that could be won back
-FINE_TUNED = f"int{WEIGHT_BITS} fine-tuned"
+POST_TRAINING, FINE_TUNED = f"int{WEIGHT_BITS}", f"int{WEIGHT_BITS}, fine-tuned"
+IN_FILE = f"{FINE_TUNED}, int8 file"  # precisions, as results name them
 
 
 class RoundedWeight(nn.Module):
@@ -80,11 +81,12 @@ def qat(config: "BenchmarkConfig", source: sources.Source, rank: Rank, run: Run)
     On any number of ranks; DDP is then taken off and the model deployed in int8 as usual.
     """
     objective = Distillation(config.run, source, rank)
+    objective.network.to(rank.device)
     model, test = objective.model, objective.splits["test"]
     model.load_state_dict(load_vqa_model(Run(config.run.teacher).folder / "model").state_dict())
     answered = {"fp32": predict(model, test, rank)}
     with rounded(model, WEIGHT_BITS):
-        answered[f"int{WEIGHT_BITS}"] = predict(model, test, rank)
+        answered[POST_TRAINING] = predict(model, test, rank)
         trainer = Trainer(config.run, objective, rank)
         reporter = Reporter(run, rank, trainer)
         for epoch in range(config.run.train.epochs):
@@ -96,28 +98,29 @@ def qat(config: "BenchmarkConfig", source: sources.Source, rank: Rank, run: Run)
         return []
     rows = [exported(name, network.eval(), one_pair(test)) for name, network in networks.items()]
     with tempfile.TemporaryDirectory() as scratch:
-        write_model(model, calibration_images(model, source), Path(scratch))
+        write_model(model.cpu(), calibration_images(model, source), Path(scratch))
         logits = all_logits(ask.onnx_logits(Path(scratch) / "model-int8.onnx", torch.get_num_threads()), test)
     prediction = np.array(model.answers)[logits.argmax(-1)]
-    answered[f"{FINE_TUNED}, int8 file"] = test.frame.assign(correct=prediction == test.frame["answer"])
-    return [*rows, *_accuracies(answered)]
+    answered[IN_FILE] = test.frame.assign(correct=prediction == test.frame["answer"])
+    return [*rows, *_accuracies(answered, config.run.role)]
 
 
 def exported(name: str, network: nn.Module, inputs: dict[str, np.ndarray]) -> Result:
     """Whether torch.export, with which PT2E begins, takes `network`: 1, or 0 with its reason among the labels."""
-    words = name
+    words, device = name, next(network.parameters()).device
     try:
-        torch.export.export(network, (), kwargs={key: torch.from_numpy(value) for key, value in inputs.items()})
+        torch.export.export(network, (), kwargs={k: torch.from_numpy(v).to(device) for k, v in inputs.items()})
     except RuntimeError as error:
         words = f"{name}: {str(error).splitlines()[0]}"
     return Result("exported", float(words == name), "", labels={"engine": words})
 
 
-def _accuracies(answered: dict[str, pd.DataFrame]) -> list[Result]:
+def _accuracies(answered: dict[str, pd.DataFrame], role: str) -> list[Result]:
     """Test accuracy of each precision, and what it loses to fp32 on the same questions."""
     rows, fp32 = [], answered["fp32"]
     for precision, frame in answered.items():
-        labels, image = {"precision": precision}, frame["image_id"]
+        engine, image = ENGINE if precision == IN_FILE else "eager, rounded", frame["image_id"]
+        labels = {"model": role, "precision": precision, "engine": engine}
         value, low, high = (100 * part for part in cluster_interval(frame["correct"].to_numpy(), image.to_numpy()))
         rows.append(Result("accuracy", value, "%", low, high, "test", labels))
         value, low, high = (100 * part for part in paired_difference(fp32["correct"], frame["correct"], image))
