@@ -14,7 +14,7 @@
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
 `quantization`, `cross_check`, `sensitivity`, `latency`, `latency_compiled`  what deployment gains and costs, see
                vqa.deployment
-`qat`        4-bit weights before and after quantization-aware fine-tuning, see vqa.qat
+`qat`        3-bit weights before and after quantization-aware fine-tuning, see vqa.qat
 """
 
 import argparse
