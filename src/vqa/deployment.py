@@ -295,10 +295,11 @@ def starts(role: str, place: Path, pair: ask.Pair) -> list[Result]:
     for (precision, engine), tries in STARTS.items():
         labels = {"model": f"{role}, random weights", "precision": precision, "engine": engine}
         folder = place / ("run" if engine == "eager" else "deployment")
+        before = IN_FP32 if (precision, engine) == ("fp32", ENGINE) else ""
         spent, peaks = [], []
         for _ in range(tries):
             started = time.perf_counter()
-            peaks.append(_peak_of_asking(pair, folder, IN_FP32 * (folder.name == "deployment" and precision == "fp32")))
+            peaks.append(_peak_of_asking(pair, folder, before))
             spent.append(time.perf_counter() - started)
         rows.append(median_result("cold_start_seconds", spent, "s", labels))
         rows.append(Result("process_peak_memory_bytes", max(peaks), "bytes", labels=labels))
