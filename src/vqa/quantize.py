@@ -188,9 +188,8 @@ def one_pair(split: Split, pair: int = 0, tokens: int = 0) -> dict[str, np.ndarr
 def interleaved(arms: dict[K, Logits], inputs: dict[str, np.ndarray], rounds: int) -> dict[K, list[float]]:
     """Seconds of each arm on the same inputs: every arm in turn, then again, so that drift hits all alike.
 
-    Before its timed call an arm runs untimed for SETTLING_SECONDS, one call at least. Its caches are its
-    own then, which the weights of the other arms had filled, and the threads of the arm before, which
-    spin a while in wait for more work, sleep: a small model's fifth call takes two thirds of its second.
+    Before its timed call an arm runs untimed for SETTLING_SECONDS, one call at least, until the threads
+    of the arm before, which spin a while in wait for more work, sleep and its own are awake.
     """
     seconds: dict[K, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
