@@ -19,10 +19,12 @@ def test_a_public_text_tower_gets_its_whole_vocabulary(source):
 
 
 def test_latency_measures_every_arm_and_the_ratios_follow(tiny_profile, source, one_rank, monkeypatch):
-    monkeypatch.setattr(deployment, "STARTS", {"run": 1, "deployment": 1})
+    monkeypatch.setattr(deployment, "STARTS", dict.fromkeys(deployment.STARTS, 1))
     ask_alone = deployment._peak_of_asking  # PyTorch takes seconds to start: not here
     monkeypatch.setattr(
-        deployment, "_peak_of_asking", lambda pair, model: ask_alone(pair, model) if model.name != "run" else 1
+        deployment,
+        "_peak_of_asking",
+        lambda pair, model, code: ask_alone(pair, model, code) if model.name != "run" else 1,
     )
     shapes = [tiny_profile.run(role) for role in ("teacher", "student")]
     rows = latency(BenchmarkConfig(kind="latency", run=shapes[1], others=shapes, steps=3), source, one_rank)
@@ -41,6 +43,17 @@ def test_latency_measures_every_arm_and_the_ratios_follow(tiny_profile, source, 
     assert smaller == pytest.approx(
         found["bytes_on_disk", "eager", "fp32", models[0]] / found["bytes_on_disk", "ONNX Runtime", "int8", models[1]]
     )
+    rates = {row.labels["engine"] for row in rows if row.metric == "questions_per_second"}
+    engines = ("eager", "ONNX Runtime")
+    assert rates == {
+        f"{engine}, {pairs} at once, {threads}"
+        for engine in engines
+        for pairs in (1, 8)
+        for threads in ("1 thread", "2 threads")
+    }
+    slower = {tuple(sorted(row.labels.items())) for row in rows if row.metric == "teacher_over_student_latency_ratio"}
+    assert len(slower) == len(ways)  # one an engine and precision
+    assert found["flops_per_question", models[0]] > 0
     assert 30e6 < found["process_peak_memory_bytes", "ONNX Runtime", "int8", models[1]] < 250e6  # no torch in it
 
 

@@ -134,6 +134,8 @@ def onnx_logits(model: Path, threads: int = 0) -> Callable[..., np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Between questions the threads sleep: by default they spin for milliseconds, in the way of whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     return lambda **inputs: session.run(None, inputs)[0]
 

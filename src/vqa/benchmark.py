@@ -12,13 +12,16 @@
 `caching`    a distillation step with cached targets, and with the teacher run beside it, against a plain step
 `understanding`  agreement, swaps, calibration, robustness and CKA of trained models; the first is the teacher
 `attention`  where a trained cross-attention model looks, for some right and some wrong answers
-`quantization`, `sensitivity`, `latency`  what deployment gains and costs, see vqa.deployment
+`quantization`, `cross_check`, `sensitivity`, `latency`, `latency_compiled`  what deployment gains and costs, see
+               vqa.deployment
+`qat`        3-bit weights before and after quantization-aware fine-tuning, see vqa.qat
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +34,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqa import sources
 from vqa.batches import Batch
 from vqa.config import ConfigError, FusionConfig, LaunchConfig, RunConfig, Section, load_profile, load_section
-from vqa.deployment import latency, quantization, sensitivity
+from vqa.deployment import cross_check, latency, quantization, sensitivity
 from vqa.distributed import Rank, check_devices, process_group
 from vqa.metrics import median_result
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
 from vqa.objectives import OBJECTIVES, split_for, tokenizer_for
+from vqa.qat import qat
 from vqa.runs import Result, Run, RunError
 from vqa.train import Trainer, autocast, load_data
 from vqa.understanding import attention, understanding
@@ -53,7 +57,8 @@ class BenchmarkConfig(Section):
 
     kind: Literal[
         *("overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size"),
-        *("caching", "understanding", "attention", "quantization", "sensitivity", "latency"),
+        *("caching", "understanding", "attention", "quantization", "sensitivity", "cross_check"),
+        *("latency", "latency_compiled", "qat"),
     ]
     run: RunConfig
     others: list[RunConfig] = Field(default_factory=list)  # measured beside it
@@ -342,7 +347,7 @@ MEASURES = {
     measure.__name__: measure
     for measure in (
         *(overfit, grouping, precision, breakdown, sharing, costs, full_size, caching),
-        *(sensitivity, latency),
+        *(cross_check, sensitivity, latency),
     )
 }
 
@@ -352,9 +357,9 @@ def measure(config: BenchmarkConfig, source: sources.Source, rank: Rank, run: Ru
         return attention(Run(config.run), source, run)
     if config.kind == "understanding":
         return understanding([config.run, *config.others], source, rank.device)
-    if config.kind == "quantization":
-        return quantization(config, source, rank, run)
-    return MEASURES[config.kind](config, source, rank)
+    if config.kind in ("quantization", "qat"):
+        return {"quantization": quantization, "qat": qat}[config.kind](config, source, rank, run)
+    return MEASURES[config.kind.removesuffix("_compiled")](config, source, rank)
 
 
 def main() -> None:
@@ -365,10 +370,11 @@ def main() -> None:
         config = load_section(BenchmarkConfig, arguments.config)
         check_devices(config.launch)
         run = Run(config, module="vqa.benchmark")
-        with process_group(config.launch) as rank, run.writing():
+        with process_group(config.launch) as rank, run.writing() if rank.is_main else nullcontext():
             source = load_data(config.run, rank)
             rows = measure(config, source, rank, run)
-            run.finish(rows)
+            if rank.is_main:
+                run.finish(rows)
             for row in rows:
                 print(f"{row.metric:28} {row.value:.4g} {row.unit}  {' '.join(row.labels.values())}", flush=True)
     except (ConfigError, RunError, sources.SourceError) as error:

@@ -1,8 +1,10 @@
-"""What deployment gains and costs: three benchmark kinds.
+"""What deployment gains and costs: four benchmark kinds.
 
 `quantization`  a trained model's int8 file against its fp32 one: answers, bytes, time
+`cross_check`   the same model compiled by PyTorch, in fp32 and in int8, against ONNX Runtime's int8
 `sensitivity`   which of its layers int8 changes most, and how many images calibrate it
-`latency`       models with random weights, usually of full size: time, throughput, memory, cold start
+`latency`       models with random weights, usually of full size: time, throughput, memory, cold start;
+                `latency_compiled` has compiled models beside them
 """
 
 import os
@@ -19,18 +21,32 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqa import ask, sources
 from vqa.batches import train_tokenizer
 from vqa.config import RunConfig
 from vqa.distributed import Rank
 from vqa.int8 import ENGINE, Logits, all_logits, divergence, export, layer_name, layers, quantize_layers
-from vqa.metrics import median_result
+from vqa.metrics import cluster_interval, median_result
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel, without_public_weights
 from vqa.objectives import split_for, tokenizer_for
-from vqa.quantize import PRECISIONS, calibration_images, deploy, eager, interleaved, latency_rows, sizes, write_model
-from vqa.runs import RUNS, Result, Run
+from vqa.pt2e import COMPILED, PT2E, compiled, compiled_int8, int8_kernels, quantized, save
+from vqa.quantize import (
+    CALIBRATION_IMAGES,
+    PRECISIONS,
+    TIMED_ROUNDS,
+    calibration_images,
+    deploy,
+    eager,
+    interleaved,
+    latency_rows,
+    one_pair,
+    sizes,
+    write_model,
+)
+from vqa.runs import RUNS, Result, Run, RunError
 from vqa.train import autocast
 
 if TYPE_CHECKING:
@@ -38,11 +54,12 @@ if TYPE_CHECKING:
 
 THREADS = 2  # for every arm alike
 QUESTION_TOKENS = 16
-BATCH_SIZES = (1, 8)
-STARTS = {"run": 1, "deployment": 5}  # PyTorch takes seconds, which need no interval to be told apart
+BATCH_SIZES, THREAD_COUNTS = (1, 8), (1, 2)
+STARTS = {("fp32", "eager"): 1, ("fp32", ENGINE): 1, ("int8", ENGINE): 5}  # seconds need no interval to be told apart
 CALIBRATIONS = (1, 8, 64)  # images
 JUDGED_IMAGES = 64
-ASK = "from vqa import ask; ask.main(); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+ASK = "from vqa import ask; {}ask.main(); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+IN_FP32 = "ask.load = lambda folder: ask.from_deployment(folder, 'fp32'); "
 
 Arm = tuple[str, str, str]  # model, precision, engine
 
@@ -57,6 +74,50 @@ def quantization(config: "BenchmarkConfig", source: sources.Source, rank: Rank, 
     with run.replacing("predictions.parquet") as path:
         made.predictions.to_parquet(path)
     return made.results
+
+
+def cross_check(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> list[Result]:
+    """The trained model compiled by PyTorch, in fp32 and in PT2E's int8: answers, bytes, time, time to compile.
+
+    A compiled model takes one shape: every test question is asked alone, filled up to the longest.
+    Raises RunError if the model has not been deployed, QuantizeError if a layer does not run in int8.
+    """
+    torch.set_num_threads(THREADS)
+    trained = Run(config.run)
+    model, folder = load_vqa_model(trained.folder / "model"), ask.DEPLOYMENTS / trained.folder.name
+    if not folder.is_dir():
+        raise RunError(f"{folder} is missing: measure quantization first")
+    train, test = (split_for(model, source.splits[name]) for name in ("train", "test"))
+    longest = max(split.input_ids.shape[1] for split in (train, test))
+    spread = np.unique(np.linspace(0, len(train.frame) - 1, CALIBRATION_IMAGES, dtype=int))
+    single = one_pair(test, 0, longest)
+    graph, rows = quantized(model, [one_pair(train, pair, longest) for pair in spread]), []
+    arms: dict[tuple[str, str], Logits] = {}
+    for own, make in (
+        (("fp32", COMPILED), lambda: compiled(model, single)),
+        (("int8", PT2E), lambda: compiled_int8(model, graph, single)),
+    ):
+        arms[own], seconds = _timed(make)
+        rows.append(Result("compile_seconds", seconds, "s", labels={"precision": own[0], "engine": own[1]}))
+    labels = {"precision": "int8", "engine": PT2E}
+    answers = [arms["int8", PT2E](**one_pair(test, pair, longest)).argmax() for pair in range(len(test.frame))]
+    theirs = all_logits(ask.onnx_logits(folder / "model-int8.onnx", THREADS), test).argmax(-1)
+    for metric, same in (("accuracy", answers == test.label_of), (f"agreement_with_{ENGINE}", answers == theirs)):
+        value, low, high = (100 * part for part in cluster_interval(same, test.frame["image_id"].to_numpy()))
+        rows.append(Result(metric.lower().replace(" ", "_"), value, "%", low, high, "test", labels))
+    with tempfile.TemporaryDirectory() as scratch:
+        save(graph, single, Path(scratch) / "int8.pt2")
+        rows.append(Result("bytes_on_disk", (Path(scratch) / "int8.pt2").stat().st_size, "bytes", labels=labels))
+    rows.append(Result("int8_kernels", int8_kernels(arms["int8", PT2E], single), "count", labels=labels))
+    seconds = interleaved(arms | engines(model, folder), single, TIMED_ROUNDS)
+    ratios = [slow / fast for slow, fast in zip(seconds["int8", PT2E], seconds["int8", ENGINE], strict=True)]
+    rows.append(median_result("pt2e_over_onnx_runtime_latency_ratio", ratios, "ratio", labels))
+    return [*rows, *latency_rows({own: seconds[own] for own in arms})]
+
+
+def _timed(make: Callable[[], Logits]) -> tuple[Logits, float]:
+    started = time.perf_counter()
+    return make(), time.perf_counter() - started
 
 
 def sensitivity(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> list[Result]:
@@ -82,30 +143,60 @@ def sensitivity(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -
 
 
 def latency(config: "BenchmarkConfig", source: sources.Source, rank: Rank) -> list[Result]:
-    """Time, throughput, bytes, memory and cold start of `config.others`, with random weights, on THREADS threads."""
+    """Time, throughput, bytes, memory and cold start of `config.others`, with random weights, on THREADS threads.
+
+    The kind latency_compiled has both compiled in fp32, and the student in PT2E's int8, among the arms.
+    """
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(dir=RUNS) as scratch:
         places = {shape.role: Path(scratch) / shape.role for shape in config.others}
         models = {shape.role: untrained(shape, source) for shape in config.others}
-        arms: dict[Arm, Logits] = {}
         rows = []
         for role, place in places.items():
             models[role].save(place / "run" / "model")
             (place / "deployment").mkdir()
             write_model(models[role], calibration_images(models[role], source, 8), place / "deployment")
-            for own, logits in engines(models[role], place / "deployment").items():
-                arms[f"{role}, random weights", *own] = logits
             rows += _bytes(role, place)
         size = models["student"].image_size
+        rows += [_operations(role, model, inputs(1, size)) for role, model in models.items()]
+        arms = _arms(models, places, THREADS)
+        if config.kind == "latency_compiled":
+            arms |= _compiled_arms(models, inputs(1, size))
         seconds = interleaved(arms, inputs(1, size), config.steps)
         rows += latency_rows(seconds)
         rows += ratios(seconds, rows)
-        rows += throughput(arms, size)
+        del arms  # their weights, and for throughput each number of threads has sessions of its own
+        for threads in THREAD_COUNTS:
+            rows += throughput(_arms(models, places, threads), size, threads)
+        torch.set_num_threads(THREADS)
         image, question = _example(source, Path(scratch))
         for role, place in places.items():
             rows += end_to_end(role, place, (image, question), config.steps)
             rows += starts(role, place, (image, question))
     return rows
+
+
+def _arms(models: dict[str, VQAModel], places: dict[str, Path], threads: int) -> dict[Arm, Logits]:
+    torch.set_num_threads(threads)
+    return {
+        (f"{role}, random weights", *own): logits
+        for role, model in models.items()
+        for own, logits in engines(model, places[role] / "deployment", threads).items()
+    }
+
+
+def _operations(role: str, model: VQAModel, single: dict[str, np.ndarray]) -> Result:
+    with FlopCounterMode(display=False) as counter:
+        eager(model)(**single)
+    labels = {"model": f"{role}, random weights"}
+    return Result("flops_per_question", counter.get_total_flops(), "flop", labels=labels)
+
+
+def _compiled_arms(models: dict[str, VQAModel], single: dict[str, np.ndarray]) -> dict[Arm, Logits]:
+    arms = {(f"{role}, random weights", "fp32", COMPILED): compiled(model, single) for role, model in models.items()}
+    student = models["student"]
+    in_int8 = compiled_int8(student, quantized(student, [single]), single)  # no speed depends on the ranges
+    return arms | {("student, random weights", "int8", PT2E): in_int8}
 
 
 def untrained(shape: RunConfig, source: sources.Source) -> VQAModel:
@@ -121,15 +212,15 @@ def untrained(shape: RunConfig, source: sources.Source) -> VQAModel:
     return VQAModel(without_public_weights(shape.model), tokenizer, source.answers, shape.data.image_size).eval()
 
 
-def engines(model: VQAModel, deployment: Path) -> dict[tuple[str, str], Logits]:
-    """What runs `model`, by precision and engine."""
+def engines(model: VQAModel, deployment: Path, threads: int = THREADS) -> dict[tuple[str, str], Logits]:
+    """What runs `model` for any shape, by precision and engine; PyTorch on the threads that it has."""
     plain = eager(model)
 
     def halved(**arrays: np.ndarray) -> np.ndarray:
         with autocast(torch.device("cpu"), "bf16"):
             return plain(**arrays)
 
-    served = {(p, ENGINE): ask.onnx_logits(deployment / f"model-{p}.onnx", THREADS) for p in PRECISIONS}
+    served = {(p, ENGINE): ask.onnx_logits(deployment / f"model-{p}.onnx", threads) for p in PRECISIONS}
     return {("fp32", "eager"): plain, ("bf16", "eager"): halved, **served}
 
 
@@ -147,7 +238,10 @@ def inputs(pairs: int, size: int) -> dict[str, np.ndarray]:
 
 
 def ratios(seconds: dict[Arm, list[float]], rows: list[Result]) -> list[Result]:
-    """How many times faster, and smaller, the student's int8 file is; medians over the rounds, each arm in each."""
+    """How many times faster, and smaller, the student's int8 file is, and the student than the teacher on each engine.
+
+    Medians over the rounds, each arm in each.
+    """
     teacher, student = (f"{role}, random weights" for role in ("teacher", "student"))
     fp32 = [arm for arm in seconds if arm[:2] == (student, "fp32")]
     best = min(fp32, key=lambda arm: np.median(seconds[arm]))
@@ -156,25 +250,30 @@ def ratios(seconds: dict[Arm, list[float]], rows: list[Result]) -> list[Result]:
         "teacher_int8": (teacher, "int8", ENGINE),
         "student_best_fp32": best,
     }
-    fast, labels = seconds[student, "int8", ENGINE], {"model": student, "precision": "int8", "engine": ENGINE}
-    made = []
-    for name, arm in slower.items():
-        each = [slow / quick for slow, quick in zip(seconds[arm], fast, strict=True)]
-        made.append(median_result(f"{name}_over_student_int8_latency_ratio", each, "ratio", labels))
+    quickest = (student, "int8", ENGINE)
+    made = [_ratio(f"{name}_over_student_int8_latency_ratio", seconds, arm, quickest) for name, arm in slower.items()]
+    for _, *own in [arm for arm in seconds if arm[0] == student and (teacher, *arm[1:]) in seconds]:
+        made.append(_ratio("teacher_over_student_latency_ratio", seconds, (teacher, *own), (student, *own)))
     size = {(r.labels["model"], r.labels["precision"], r.labels["engine"]): r.value for r in rows if r.unit == "bytes"}
     smaller = size[teacher, "fp32", "eager"] / size[student, "int8", ENGINE]
+    labels = {"model": student, "precision": "int8", "engine": ENGINE}
     return [*made, Result("teacher_over_student_int8_bytes_ratio", smaller, "ratio", labels=labels)]
 
 
-def throughput(arms: dict[Arm, Logits], size: int) -> list[Result]:
-    """Questions a second of each arm by batch size, the better of two tries, taken in turn."""
+def _ratio(metric: str, seconds: dict[Arm, list[float]], slow: Arm, fast: Arm) -> Result:
+    each = [long / short for long, short in zip(seconds[slow], seconds[fast], strict=True)]
+    return median_result(metric, each, "ratio", dict(zip(("model", "precision", "engine"), fast, strict=True)))
+
+
+def throughput(arms: dict[Arm, Logits], size: int, threads: int) -> list[Result]:
+    """Questions a second of each arm by batch size, on `threads` threads."""
     rows = []
     for pairs in BATCH_SIZES:
-        given = inputs(pairs, size)
-        seconds = interleaved(arms, given, rounds=2, warmup=1)
-        for (model, precision, engine), spent in seconds.items():
-            labels = {"model": model, "precision": precision, "engine": f"{engine}, {pairs} at once"}
-            rows.append(Result("questions_per_second", pairs / min(spent), "1/s", labels=labels))
+        seconds = interleaved(arms, inputs(pairs, size), rounds=1)
+        for (model, precision, engine), (spent,) in seconds.items():
+            words = f"{engine}, {pairs} at once, {threads} thread{'s' * (threads > 1)}"
+            labels = {"model": model, "precision": precision, "engine": words}
+            rows.append(Result("questions_per_second", pairs / spent, "1/s", labels=labels))
     return rows
 
 
@@ -193,22 +292,24 @@ def _asked(answerer: ask.Answerer, pair: ask.Pair) -> Callable[[], np.ndarray]:
 def starts(role: str, place: Path, pair: ask.Pair) -> list[Result]:
     """Seconds from process start to its end after one answer, and the most memory the process held."""
     rows = []
-    for (precision, engine), folder in {("fp32", "eager"): "run", ("int8", ENGINE): "deployment"}.items():
+    for (precision, engine), tries in STARTS.items():
         labels = {"model": f"{role}, random weights", "precision": precision, "engine": engine}
+        folder = place / ("run" if engine == "eager" else "deployment")
+        before = IN_FP32 if (precision, engine) == ("fp32", ENGINE) else ""
         spent, peaks = [], []
-        for _ in range(STARTS[folder]):
+        for _ in range(tries):
             started = time.perf_counter()
-            peaks.append(_peak_of_asking(pair, place / folder))
+            peaks.append(_peak_of_asking(pair, folder, before))
             spent.append(time.perf_counter() - started)
         rows.append(median_result("cold_start_seconds", spent, "s", labels))
         rows.append(Result("process_peak_memory_bytes", max(peaks), "bytes", labels=labels))
     return rows
 
 
-def _peak_of_asking(pair: ask.Pair, model: Path) -> int:
+def _peak_of_asking(pair: ask.Pair, model: Path, before: str = "") -> int:
     """Ask in a process of its own; the most bytes it held, as Linux counts them."""
     here = os.environ | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", ASK, str(pair[0]), pair[1], "--model", str(model)]
+    command = [sys.executable, "-c", ASK.format(before), str(pair[0]), pair[1], "--model", str(model)]
     said = subprocess.run(command, env=here, check=True, capture_output=True, text=True).stdout
     return 1024 * int(said.splitlines()[-1])
 

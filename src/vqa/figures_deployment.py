@@ -9,16 +9,18 @@ from matplotlib.figure import Figure
 
 from vqa.figures import GREYS, HATCHES, MARKERS, figure, show_image, test_image
 from vqa.int8 import ENGINE
+from vqa.pt2e import COMPILED, PT2E
 
 if TYPE_CHECKING:
     from vqa.report import Record, Report
 
 SHOWN = 8
-WORDS = {"eager": "PyTorch", ENGINE: ENGINE}
+BAR = 0.3  # points that quantization may lose
+WORDS = {"eager": "PyTorch", COMPILED: "PyTorch compiled", PT2E: "PyTorch PT2E", ENGINE: ENGINE}
 
 
 def rows_of(report: "Report", kind: str) -> pd.DataFrame:
-    """The results of every benchmark of `kind`."""
+    """The results of every benchmark of `kind`, a regular expression."""
     rows = report.results()
     return rows[rows["run"].str.contains(f"-{kind}-")]
 
@@ -73,7 +75,7 @@ def layer_sensitivity(report: "Report") -> Figure:
 @figure
 def deployment_pareto(report: "Report") -> Figure:
     """Every trained model of this study as it can be served: accuracy against bytes and against latency."""
-    rows = rows_of(report, "quantization")
+    rows = rows_of(report, "(?:quantization|cross_check)")
     served = rows.pivot_table(index=["model", "precision", "engine"], columns="metric", values="value", sort=False)
     trained = report.results().query(
         "metric in ('accuracy', 'bytes_on_disk') and engine == 'eager' and split != 'validation'"
@@ -95,9 +97,10 @@ def deployment_pareto(report: "Report") -> Figure:
 @figure
 def deployment_latency(report: "Report") -> Figure:
     """Latency of one question with random weights: models and engines in turn on the same threads."""
-    rows = rows_of(report, "latency").query("metric in ('latency_p50_ms', 'latency_p95_ms')")
+    rows = rows_of(report, "latency(?:_compiled)?").query("metric in ('latency_p50_ms', 'latency_p95_ms')")
     model = rows["model"].str.removesuffix(", random weights")
-    rows = rows.assign(arm=model + ", " + rows["precision"] + ", " + rows["engine"].str.replace("eager", "PyTorch"))
+    engine = rows["engine"].replace(WORDS, regex=True)
+    rows = rows.assign(arm=model + ", " + rows["precision"] + ", " + engine)
     p50, p95 = (rows[rows["metric"] == f"latency_{name}_ms"].set_index("arm") for name in ("p50", "p95"))
     made, axis = pyplot.subplots(figsize=(9, 0.36 * len(p50) + 1))
     error = [p50["value"] - p50["low"], p50["high"] - p50["value"]]
@@ -109,6 +112,24 @@ def deployment_latency(report: "Report") -> Figure:
     axis.set(xscale="log", xlabel="milliseconds")
     axis.grid(axis="y", visible=False)
     axis.legend(fontsize=9, loc="lower right")
+    return made
+
+
+@figure
+def fewer_bits(report: "Report") -> Figure:
+    """What the student loses to fp32 with coarser weights, rounded after training and fine-tuned, by ranks."""
+    rows = rows_of(report, "qat").query("metric == 'accuracy_drop' and precision != 'fp32'")
+    made, axis = pyplot.subplots(figsize=(9, 3.6))
+    for place, (ranks, own) in enumerate(rows.groupby("world_size")):
+        error = [own["value"] - own["low"], own["high"] - own["value"]]
+        axis.bar(np.arange(len(own)) + 0.4 * place, own["value"], 0.4, yerr=error, color=GREYS[place + 1],
+                 hatch=HATCHES[place], edgecolor="black", linewidth=0.5, capsize=3,
+                 label=f"{ranks} rank{'s' * (ranks > 1)}")  # fmt: skip
+    axis.axhline(BAR, color="black", linestyle="--", linewidth=1, label=f"{BAR} points")
+    axis.set_xticks(np.arange(len(own)) + 0.2, own["precision"])
+    axis.set_ylabel("accuracy lost, points [95 %]")
+    axis.grid(axis="x", visible=False)
+    axis.legend(fontsize=9)
     return made
 
 

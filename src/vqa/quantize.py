@@ -36,7 +36,8 @@ from vqa.runs import Result, Run, RunError, environment
 
 PRECISIONS = ("fp32", "int8")
 CALIBRATION_IMAGES = 64
-WARMUP_ROUNDS, TIMED_ROUNDS = 3, 20
+TIMED_ROUNDS = 20
+SETTLING_SECONDS = 0.05  # of untimed calls before a timed one
 
 K = TypeVar("K")
 
@@ -169,30 +170,38 @@ def eager(model: VQAModel) -> Logits:
     return logits
 
 
-def one_pair(split: Split) -> dict[str, np.ndarray]:
-    """The first question about the first image of `split`."""
-    batch = split.batch(np.arange(1))
-    inputs = {name: value.numpy() for name, value in batch.inputs().items()}
-    first = {name: inputs[name][:1] for name in ("image_index", "question_index", "input_ids", "attention_mask")}
-    return inputs | first | {"question_index": np.zeros(1, dtype=np.int64)}
+def one_pair(split: Split, pair: int = 0, tokens: int = 0) -> dict[str, np.ndarray]:
+    """What a model takes to answer `pair` of `split` alone, its question filled up to at least `tokens`."""
+    image = np.searchsorted(split.first_pair, pair, side="right") - 1
+    question, zero = split.question_of[[pair]], np.zeros(1, dtype=np.int64)
+    longest = max(int(split.attention_mask[question].sum()), tokens)
+    ids, mask = (part[question, :longest].numpy() for part in (split.input_ids, split.attention_mask))
+    fill = ((0, 0), (0, longest - ids.shape[1]))  # where the split's longest question is shorter
+    return {
+        "pixel_values": split.batch(np.array([image])).pixel_values.numpy(),
+        "image_index": zero,
+        "input_ids": np.pad(ids, fill),
+        "attention_mask": np.pad(mask, fill),
+        "question_index": zero,
+    }
 
 
-def interleaved(
-    arms: dict[K, Logits], inputs: dict[str, np.ndarray], rounds: int, warmup: int = WARMUP_ROUNDS
-) -> dict[K, list[float]]:
+def interleaved(arms: dict[K, Logits], inputs: dict[str, np.ndarray], rounds: int) -> dict[K, list[float]]:
     """Seconds of each arm on the same inputs: every arm in turn, then again, so that drift hits all alike.
 
-    A timed call follows an untimed one of the same arm: the caches are its own, and the threads of
-    the arm before, which spin a while in wait for more work, have gone to sleep.
+    Before its timed call an arm runs untimed for SETTLING_SECONDS, one call at least, until the threads
+    of the arm before, which spin a while in wait for more work, sleep and its own are awake.
     """
     seconds: dict[K, list[float]] = {name: [] for name in arms}
-    for round_ in range(warmup + rounds):
+    for _ in range(rounds):
         for name, logits in arms.items():
+            settled = time.perf_counter() + SETTLING_SECONDS
             logits(**inputs)
+            while time.perf_counter() < settled:
+                logits(**inputs)
             started = time.perf_counter()
             logits(**inputs)
-            if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - started)
     return seconds
 
 

@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vqa.benchmark import BenchmarkConfig
+from vqa.launch import launch
+from vqa.qat import FINE_TUNED, IN_FILE, POST_TRAINING, RoundedWeight, exported, round_input, rounded
+from vqa.runs import Run
+
+
+def test_a_weight_has_fifteen_levels_a_channel():
+    """Against arithmetic by hand: the largest of a channel keeps its value, all others move half a level at most."""
+    weight = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    weight[2] *= 100  # another channel's range is no concern of the rest
+    found = RoundedWeight(4)(weight)
+    for channel, given in zip(found, weight, strict=True):
+        level = given.abs().max() / 7
+        assert len(channel.unique()) <= 15
+        assert (channel / level).sub((channel / level).round()).abs().max() < 1e-4
+        assert (channel - given).abs().max() <= level / 2 + 1e-6
+
+
+def test_gradients_pass_as_if_nothing_were_rounded():
+    weight = torch.randn(4, 8, requires_grad=True)
+    RoundedWeight(4)(weight).sum().backward()
+    assert weight.grad.equal(torch.ones(4, 8))
+    given = torch.randn(5, 8, requires_grad=True)
+    round_input(nn.Identity(), (given,)).sum().backward()
+    assert given.grad.equal(torch.ones(5, 8))
+
+
+def test_an_input_keeps_zero_and_its_extremes():
+    given = torch.tensor([-1.0, 0.0, 0.3, 4.1])
+    found = round_input(nn.Identity(), (given,))
+    assert found[1] == 0 and (found - given).abs().max() <= 5.1 / 255
+    assert (round_input(nn.Identity(), (torch.zeros(3),)) == 0).all()
+
+
+def test_the_model_keeps_its_rounded_weights_and_nothing_else(model):
+    names, before = set(model.state_dict()), model.answer_head.weight.clone()
+    with rounded(model, 4):
+        assert "answer_head.parametrizations.weight.original" in model.state_dict()
+    assert set(model.state_dict()) == names and not any(module._forward_pre_hooks for module in model.modules())
+    assert model.answer_head.weight.equal(RoundedWeight(4)(before))
+
+
+def test_ddp_was_in_the_way_of_export_and_taking_it_off_is_enough(one_rank):
+    network, given = nn.Linear(4, 2), {"input": np.zeros((1, 4), dtype=np.float32)}
+    inside = DistributedDataParallel(network)
+    wrapped, unwrapped = exported("DDP", inside, given), exported("unwrapped", inside.module, given)
+    assert (wrapped.value, unwrapped.value) == (0, 1)
+    assert wrapped.labels["engine"].startswith("DDP: ") and unwrapped.labels["engine"] == "unwrapped"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fine_tuning_wins_answers_back_on_any_number_of_ranks(ranks, trained, tiny_profile):
+    """The tiny teacher as its own teacher; every step sees the same images on one rank and on two."""
+    taught = tiny_profile.run(
+        "teacher",
+        distilled=True,
+        aligned=False,
+        teacher=trained["alone"].config.model_dump(),
+        distillation__feature_weight=0.0,
+        launch__world_size=ranks,
+    )
+    run = Run(BenchmarkConfig(kind="qat", run=taught, steps=2), "vqa.benchmark")
+    launch([run])
+    rows = run.results()
+    accuracy = {row.labels["precision"]: row.value for row in rows if row.metric == "accuracy"}
+    assert list(accuracy) == ["fp32", POST_TRAINING, FINE_TUNED, IN_FILE]
+    assert accuracy["fp32"] == trained["alone"].result("accuracy").value
+    assert [row.value for row in rows if row.metric == "exported"] == [1, 0]
+    losses = run.metrics()["loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0]
