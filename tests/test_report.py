@@ -104,7 +104,7 @@ def test_the_readme_shows_the_committed_results(monkeypatch, tmp_path):
     [
         ({}, "student"),
         ({"distilled": True}, "distilled"),
-        ({"aligned": False, "data__question_fraction": 0.1}, "student, not aligned, 10 % of questions"),
+        ({"aligned": False, "data__question_fraction": 0.1}, "student, from scratch, 10 % of questions"),
         ({"distilled": True, "distillation__feature_weight": 0.0}, "distilled, feature weight 0"),
     ],
 )

@@ -350,5 +350,5 @@ def show_image(axis: Axes, image: object) -> None:
 def run_label(record: "Record") -> str:
     config = record.config
     fusion = config["model"]["fusion"]["kind"].replace("_", " ")
-    alone = "" if config["parent"] else ", not aligned"
+    alone = "" if config["parent"] else ", from scratch"
     return f"{config['role']} ({fusion}{alone}, seed {config['seed']})"

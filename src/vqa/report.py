@@ -69,7 +69,7 @@ class Record:
         run = self.config.get("run", self.config)  # a benchmark names the run it measured
         words = ["distilled" if run["objective"] == "distillation" else run["role"]]
         if self.answers() and not run["parent"]:
-            words.append("not aligned")
+            words.append("from scratch")
         if run["data"]["question_fraction"] != profile.data.question_fraction:
             words.append(f"{100 * run['data']['question_fraction']:g} % of questions")
         taught = run["distillation"] or {}
@@ -118,9 +118,10 @@ class Report:
     def answer_runs(self) -> list[Record]:
         """The runs that answer questions: teachers first, then by fusion and seed.
 
-        Not those that 05_distillation trained in numbers, which its own figures show.
+        Not those that 05_distillation trained in numbers, which its own figures show; nor shallow starts of others.
         """
         runs = [run for run in self.records() if run.answers() and run.folder.parent.name != "05_distillation"]
+        runs = [run for run in runs if run.config["model"]["image_encoder"]["layers"]]
         return sorted(runs, key=lambda run: (run.config["role"] != "teacher", run.name))
 
     def first_seeds(self) -> list[Record]:
