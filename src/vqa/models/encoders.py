@@ -6,8 +6,8 @@ pixels and normalise them as their weights expect, so a tower cannot get another
 """
 
 import os
-import re
 import pickle
+import re
 import socket
 from itertools import chain, pairwise
 from pathlib import Path
