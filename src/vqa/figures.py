@@ -114,7 +114,7 @@ def learning_curves(report: "Report") -> Figure:
 
 @figure
 def alignment_curves(report: "Report") -> Figure:
-    """Recall@1 on held-out images while the towers are aligned with captions."""
+    """R-precision on held-out images while the towers are aligned with captions."""
     made, axis = pyplot.subplots(figsize=(7, 3.8))
     aligned = [record for record in report.records() if record.config.get("objective") == "alignment"]
     for place, record in enumerate(aligned):
@@ -127,7 +127,7 @@ def alignment_curves(report: "Report") -> Figure:
             label=f"{record.config['role']} towers",
         )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set(xlabel="epoch", ylabel="recall@1, mean of both ways, %", ylim=(0, 103))
+    axis.set(xlabel="epoch", ylabel="R-precision, mean of both ways, %", ylim=(0, 103))
     axis.legend(fontsize=9)
     return made
 

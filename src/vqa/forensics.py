@@ -246,7 +246,7 @@ def examine(config: ForensicsConfig, source: sources.Source, rank: Rank, run: Ru
             Result("reported_loss", float(trained.reported.mean()), "nats"),
             Result("last_batch_spread", spread(*np.quantile(trained.first_rank, [0.025, 0.975])), "%"),
             Result("yardstick_loss", yardstick(trained, recipe), "nats"),
-            Result("recall_at_1", 100 * trained.objective.judge(), "%"),
+            Result("r_precision", 100 * trained.objective.judge(), "%"),
         ]
         for ranks in (config.ranks,) if recipe.knows_ranks else EARLIER:
             labels = {"engine": fault, "world_size": str(ranks)}
