@@ -1,0 +1,77 @@
+"""A run that was stopped and goes on, in this process; with real ranks and signals see faults.py."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from vqa import checkpoint, runs
+from vqa import train as training
+from vqa.checkpoint import CheckpointError
+from vqa.distributed import main_first
+from vqa.runs import Run
+from vqa.train import Trainer, TrainingError, spans
+
+WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
+
+
+@pytest.fixture
+def train_in(one_rank, tmp_path, monkeypatch):
+    """Gives a function that trains a RunConfig in this process, in a folder of its own."""
+
+    def train(config, place: str) -> Run:
+        monkeypatch.setattr(runs, "RUNS", tmp_path / place)
+        run = Run(config)
+        with run.writing():
+            training.train(config, run, one_rank)
+        return run
+
+    yield train
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Gives a function that sends this process SIGTERM in the middle of step `number`, counted from 1."""
+
+    def plant(number: int) -> None:
+        taken, update = [], Trainer.update
+
+        def counted(trainer, batches, images):
+            taken.append(len(images))
+            if len(taken) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(trainer, batches, images)
+
+        monkeypatch.setattr(Trainer, "update", counted)
+
+    return plant
+
+
+def config_of(tiny_profile, kind: str):
+    """Dropout draws from the random state; the ResNet has buffers; a pupil's network has projections."""
+    role = "student" if kind == "distilled" else kind
+    changes = {"model__dropout": 0.1, "train__gradient_accumulation_steps": 2, "train__checkpoint_every_steps": 3}
+    return tiny_profile.run(role, distilled=kind == "distilled", **changes)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(kind, stop, tiny_profile, train_in, signal_at):
+    """Of two epochs of four steps; stop 4 falls between an epoch's last step and its validation."""
+    config = config_of(tiny_profile, kind)
+    undisturbed = train_in(config, "undisturbed")
+    signal_at(stop)
+    with pytest.raises(TrainingError, match=f"^stopped by a signal; start again to go on from step-{stop}$"):
+        train_in(config, "stopped")
+    stopped = train_in(config, "stopped")
+    for name in ("model/model.safetensors", "checkpoints/best.safetensors"):
+        assert checkpoint.sha256(stopped.folder / name) == checkpoint.sha256(undisturbed.folder / name)
+    pd.testing.assert_frame_equal(stopped.predictions(), undisturbed.predictions())
+    pd.testing.assert_frame_equal(stopped.metrics().drop(columns=WALL), undisturbed.metrics().drop(columns=WALL))
+    assert f"step-{stop} found" in (stopped.folder / "log.txt").read_text()
+    assert checkpoint.steps(stopped.folder / "checkpoints") == []  # a finished run needs them no more
