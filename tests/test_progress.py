@@ -2,19 +2,15 @@
 
 import os
 import signal
-import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from vqa import checkpoint, runs
 from vqa import train as training
-from vqa.checkpoint import CheckpointError
-from vqa.distributed import main_first
 from vqa.runs import Run
-from vqa.train import Trainer, TrainingError, spans
+from vqa.train import Trainer, TrainingError
 
 WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
 

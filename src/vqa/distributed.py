@@ -73,6 +73,8 @@ def process_group(launch: LaunchConfig) -> Iterator[Rank]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     store, _, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store through all restarts: without a prefix a new gang meets the addresses of the dead one.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         yield Rank(rank, local_rank, world_size, device)

@@ -117,11 +117,10 @@ class Job:
             os.killpg(self.process.pid, signal.SIGTERM)
 
     def stop(self) -> None:
-        """`ask_to_stop`; what is left after a grace period, or at a second interrupt, is killed.
+        """Wait for the end that was asked for; what is left after a grace period, or at a second interrupt, is killed.
 
         Ranks live in sessions of their own, but each asks Linux to die with torchrun.
         """
-        self.ask_to_stop()
         try:
             self.process.wait(GRACE_SECONDS)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
