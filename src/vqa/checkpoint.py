@@ -47,7 +47,7 @@ def save(folder: Path, step: int, network: nn.Module, state: dict, fingerprint: 
             (temporary / STATE).write_bytes(packed.getbuffer())
             if (folder / BEST).is_file():
                 link(folder / BEST, temporary / BEST)
-            (temporary / MANIFEST).write_text(json.dumps(_manifest(temporary, fingerprint), indent=1) + "\n")
+            (temporary / MANIFEST).write_text(json.dumps(_manifest(temporary, fingerprint), indent=1))
             for path in (*temporary.iterdir(), temporary):
                 _flush(path)
             _remove(final)  # there after a stop between an epoch's last step and its validation

@@ -145,8 +145,14 @@ def main_first(work: Callable[[], T], rank: Rank) -> T | None:
         except Exception as error:
             failure = error
     if failure := from_main(failure):
+        failure.of_main = not rank.is_main
         raise failure
     return given
+
+
+def said_by_main(error: Exception) -> bool:
+    """Whether `error` came from the main rank's work through `main_first`, so that this rank need not say it too."""
+    return getattr(error, "of_main", False)
 
 
 def anyone(yes: bool | torch.Tensor, rank: Rank, group: dist.ProcessGroup | None = None) -> bool:

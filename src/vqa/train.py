@@ -27,7 +27,7 @@ from vqa import checkpoint, sources
 from vqa.batches import Batch, EpochPlan
 from vqa.checkpoint import CheckpointError
 from vqa.config import ConfigError, RunConfig, TrainConfig, digest, load_profile, load_section, parse_overrides
-from vqa.distributed import LateRank, Rank, anyone, check_devices, main_first, process_group, stoppable
+from vqa.distributed import LateRank, Rank, anyone, check_devices, main_first, process_group, said_by_main, stoppable
 from vqa.models.vqa_model import parameter_count
 from vqa.objectives import OBJECTIVES, Alignment, Answers
 from vqa.progress import Progress, Reporter, TrainingError
@@ -73,8 +73,7 @@ def train(config: RunConfig, run: Run, rank: Rank) -> None:
 
 def load_data(config: RunConfig, rank: Rank) -> sources.Source:
     """The data set; what is missing on disk is built by the main rank while the others wait."""
-    main_first(lambda: sources.load(config.data), rank)
-    return sources.load(config.data)
+    return main_first(lambda: sources.load(config.data), rank) or sources.load(config.data)
 
 
 class Trainer:
@@ -203,7 +202,7 @@ def main() -> None:
     except (ConfigError, RunError, TrainingError, CheckpointError) as error:  # of every rank: one of them says it
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except (sources.SourceError, LateRank) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(1 if said_by_main(error) else f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write or read {error.filename or run.folder}: {error.strerror}")
 
