@@ -441,7 +441,8 @@ def disk_full(random: np.random.Generator, trial: int) -> Outcome:
     with place_of(copy=halfway()) as place, little_room(place, int(random.uniform(0.05, 0.6) * size)) as plant:
         before = place.hashes()
         seconds = _refused(
-            Job(place, plant=plant), "error: cannot write .*step-8: (No space left|File too large|.*os error)"
+            Job(place, plant=plant),
+            "error: cannot write .*(step-8|best.safetensors): (No space left|File too large|.*os error)",
         )
         assert {name: place.hashes()[name] for name in before if name.startswith("step")} == {
             name: value for name, value in before.items() if name.startswith("step")

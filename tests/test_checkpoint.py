@@ -74,6 +74,7 @@ def test_when_all_are_damaged_there_is_none(three):
         (path / checkpoint.WEIGHTS).write_bytes(b"")
     chosen, said = found(three)
     assert chosen is None and len(said) == 2
+    assert not (three / checkpoint.BEST).exists()  # of weights that nothing goes on from
 
 
 @pytest.mark.parametrize("what", FINGERPRINT)

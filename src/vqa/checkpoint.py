@@ -93,11 +93,16 @@ def newest(folder: Path, fingerprint: dict[str, str], say: Callable[[str], None]
                 raise CheckpointError(
                     f"checkpoint {path} belongs to {what} {belongs[what]}, not {wanted}: remove {folder} to start anew"
                 )
-        (folder / BEST).unlink(missing_ok=True)
-        if (path / BEST).is_file():
-            link(path / BEST, folder / BEST)
+        _take_best(path, folder)
         return path
+    (folder / BEST).unlink(missing_ok=True)
     return None
+
+
+def _take_best(path: Path, folder: Path) -> None:
+    (folder / BEST).unlink(missing_ok=True)
+    if (path / BEST).is_file():
+        link(path / BEST, folder / BEST)
 
 
 def load(path: Path, network: nn.Module) -> dict:

@@ -169,7 +169,7 @@ class Progress:
 
     def _keep_best(self) -> None:
         """A kill before the next checkpoint does no harm: this file is then replaced by the older checkpoint's."""
-        with self.run.replacing(f"checkpoints/{checkpoint.BEST}") as path, checkpoint.written(path):
+        with self.run.replacing(f"checkpoints/{checkpoint.BEST}") as path, checkpoint.written(self.best_weights):
             save_model(self.trainer.objective.model, str(path))
 
     def save(self) -> None:
@@ -199,16 +199,16 @@ class Progress:
 
     def resumed(self) -> bool:
         """Whether there was a checkpoint; everything is then as it was when that was written."""
-        damaged: list[str] = []
-        path = main_first(lambda: checkpoint.newest(self.folder, self.fingerprint, damaged.append), self.rank)
-        path = from_main(path)
-        if path:
+        found: list[str] = []
+        path = main_first(lambda: checkpoint.newest(self.folder, self.fingerprint, found.append), self.rank)
+        if path := from_main(path):
             self._go_on(checkpoint.load(path, self.trainer.objective.network))
             self.saved = path.name
-        for text in damaged:
+            found.append(f"{path.name} found: going on after step {self.step_in_epoch} of epoch {self.epoch + 1}")
+        else:
+            self.reporter.start()
+        for text in found:
             self.reporter.say(text)
-        if path:
-            self.reporter.say(f"{path.name} found: going on after step {self.step_in_epoch} of epoch {self.epoch + 1}")
         return bool(path)
 
     def _go_on(self, state: dict) -> None:

@@ -51,7 +51,6 @@ def train(config: RunConfig, run: Run, rank: Rank) -> None:
     reporter = Reporter(run, rank, trainer)
     progress = Progress(run, rank, trainer, reporter, {"configuration": digest(config), "data": source.fingerprint})
     if not progress.resumed():
-        reporter.start()
         reporter.say(f"{run.folder.name}: {parameter_count(model):,} parameters, {len(objective.train_split):,} images")
     with stoppable(), progress.told_on_the_way_out():
         while not progress.over:
