@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from vqa.config import ROOT, ConfigError, LaunchConfig, TrainConfig, load_profile, parse_overrides, save_yaml
+from vqa.config import ROOT, ConfigError, LaunchConfig, load_profile, parse_overrides, save_yaml
 from vqa.distributed import AGENT, check_devices
 from vqa.launch import launch
 from vqa.runs import RUNS, Run
@@ -56,19 +57,25 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def said() -> list[dict]:
-    """What each of two ranks, started as torchrun starts them, has to say."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def start_ranks(program: str, world_size: int) -> list[str]:
+    """What each rank prints that runs `program`, started as torchrun starts it."""
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK],
+            [sys.executable, "-c", program],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "2"},
             stdout=subprocess.PIPE,
+            text=True,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    return [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    return [rank.communicate(timeout=90)[0].strip() for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict]:
+    """What each of two ranks has to say."""
+    return [json.loads(text) for text in start_ranks(RANK, 2)]
 
 
 def test_ranks_know_who_they_are_and_leave_the_group(said):
@@ -109,6 +116,81 @@ def test_a_host_needs_gpus_for_its_own_ranks_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ConfigError, match=r"^torchrun's --nproc-per-node is 4 but this machine has 3 GPUs: lower it"):
         check_devices(eight)
+
+
+LATE = """
+import datetime, sys, time, torch
+from vqa import distributed
+from vqa.config import LaunchConfig
+distributed.TIMEOUT = datetime.timedelta(seconds=4)
+try:
+    with distributed.process_group(LaunchConfig(world_size=3, device="cpu", threads_per_rank=1)) as rank:
+        if rank.rank == 1:
+            time.sleep(12)
+        distributed.all_reduce_sum(torch.ones(1))
+except distributed.LateRank as error:
+    print(error)
+except RuntimeError as error:
+    print("no hint")
+"""
+
+
+def test_a_late_rank_is_named_by_those_that_waited():
+    said = start_ranks(LATE, 3)
+    assert said[1] == "no hint"
+    assert "rank 1 did not come within 4 s: see what holds it" in (said[0], said[2])
+    assert not [text for text in said if "rank 0" in text or "rank 2" in text]
+
+
+TOGETHER = """
+import json, os, signal
+from vqa.config import LaunchConfig
+from vqa.distributed import Stopped, anyone, main_first, process_group, stop_if_asked, stoppable
+
+with process_group(LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)) as rank:
+    said = {"anyone": [anyone(rank.rank == one, rank) for one in (0, 1, 2)]}
+    said["given"] = main_first(lambda: f"done by {rank.rank}", rank)
+    try:
+        main_first(lambda: os.stat("/no/where"), rank)
+    except FileNotFoundError as error:
+        said["raised"] = error.filename
+    with stoppable():
+        for step in range(10):
+            if step == 3 + rank.rank and rank.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # as from torchrun and from a cluster
+            try:
+                stop_if_asked(rank)
+            except Stopped:
+                said["stopped"] = step
+                break
+print(json.dumps(said))
+"""
+
+
+def test_what_one_rank_meets_all_ranks_know():
+    """A flag of either, an error of the main rank's work, a signal at rank 1 only."""
+    main, other = (json.loads(text) for text in start_ranks(TOGETHER, 2))
+    for said in (main, other):
+        assert said["anyone"] == [True, True, False]
+        assert said["raised"] == "/no/where" and said["stopped"] == 4
+    assert main["given"] == "done by 0" and other["given"] is None
+
+
+IMPATIENT = """
+import os, signal, time
+from vqa.distributed import stoppable
+with stoppable():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    done = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stdout
 
 
 CHILD = """
@@ -272,7 +354,6 @@ def test_two_hosts_learn_the_bits_of_one_with_as_many_ranks(hosts, shared, train
     assert "loss" in said[0] and "loss" not in said[1]  # one writer, on the first host
 
 
-@pytest.mark.skipif("checkpoint_every_steps" not in TrainConfig.model_fields, reason="needs checkpoints")
 def test_training_survives_the_loss_of_a_host(hosts, shared, tiny_profile, tmp_path):
     """The second host's agent dies with its rank, another joins; in the end the bits are those of one calm host."""
     changes = {"launch__world_size": 2, "train__epochs": 15, "train__checkpoint_every_steps": 4}

@@ -9,13 +9,13 @@ PACKAGE = Path(vqa.__file__).parent
 LAYERS = [  # from the top; a module may import what stands below it
     *("study", "report"),
     *("figures_architecture", "figures_deployment", "figures_distillation", "figures_scaling", "figures"),
-    *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "qat", "train"),
+    *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "qat", "train", "progress"),
     *("quantize", "pt2e", "int8"),
     *("understanding", "objectives", "targets", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
     *("losses", "metrics", "vqa_accuracy", "batches"),
     *("sources.easy_vqa", "sources.sort_of_clevr", "sources.vqa_v2", "sources"),
-    *("images", "distributed", "runs", "config"),
+    *("images", "checkpoint", "distributed", "runs", "config"),
 ]
 
 

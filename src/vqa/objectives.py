@@ -19,7 +19,7 @@ from torch import nn
 from vqa import sources
 from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
-from vqa.distributed import Rank, from_main, gather_rows
+from vqa.distributed import Rank, from_main, gather_rows, stop_if_asked
 from vqa.evaluate import records
 from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
@@ -96,6 +96,7 @@ class Alignment:
     @torch.inference_mode()
     def _recalls(self) -> list[Result]:
         """Every rank computes the same: a gallery is small beside a training epoch."""
+        stop_if_asked(self.rank)
         split = self.splits["validation"]
         self.model.eval()
         parts = [
