@@ -96,8 +96,6 @@ def test_wrong_value_is_refused_by_place_and_value(key, value):
             "30 does not divide evenly by .* = 4",
         ),
         ({"alignment.teacher.gradient_accumulation_steps": 2}, "cannot accumulate gradients"),
-        ({"shallow.teacher": {"epochs": 1}}, "teacher stands under alignment and under shallow"),
-        ({"alignment": {}, "shallow.student": {"epochs": 1}}, "shallow.student needs a vit"),
         ({"data.question_fraction": 0.5}, "data.question_fraction does not go with alignment"),
         ({"data.source": "vqa_v2", "data.flips": False}, "vqa_v2 needs data.root, the folder of its official files"),
         ({"data.root": "data"}, "data.root is for vqa_v2; easy_vqa has no files to look for"),
@@ -158,12 +156,9 @@ def test_base_gives_what_a_profile_leaves_out(params):
 
 def test_a_null_takes_a_section_of_the_base_away(params):
     params("ground", (config.ROOT / "params" / "default.yaml").read_text())
-    params("top", "base: ground\nalignment: null\nshallow: {teacher: {epochs: 3}}")
+    params("top", "base: ground\nalignment: null")
     profile = load_profile("top")
     assert profile.alignment == {} and profile.run("student").parent is None
-    run = profile.run("teacher")
-    assert run.parent.model.image_encoder.layers == 0 and run.parent.train.epochs == 3 and run.parent.parent is None
-    assert run.parent.model_copy(update={"model": run.model, "train": run.train, "parent": run.parent}) == run
 
 
 def test_a_cycle_of_bases_is_refused(params):

@@ -118,7 +118,7 @@ def test_one_layer_alone(exported, tmp_path):
     assert ran["QLinearConv"] == 1 and int8_kernels(tmp_path / "int8.onnx") == 1
 
 
-def test_weightedleft_in_fp32_are_not_passed_over_in_silence(exported, tmp_path, monkeypatch):
+def test_layers_left_in_fp32_are_not_passed_over_in_silence(exported, tmp_path, monkeypatch):
     """As when the quantizer does not see a bias: it only warns."""
     _, path, images = exported
     monkeypatch.setattr(int8, "quantize_static", lambda given, made, *rest, **named: shutil.copyfile(given, made))

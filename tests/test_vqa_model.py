@@ -33,28 +33,6 @@ def test_a_saved_model_answers_bit_for_bit_the_same(model, batch, tmp_path):
     assert read.tokenizer.get_vocab() == model.tokenizer.get_vocab()
 
 
-def test_a_model_grown_from_a_shallower_one_answers_as_that_does_and_goes_on_learning(
-    tiny, tokenizer, source, tmp_path
-):
-    def with_layers(count: int) -> VQAModel:
-        tower = tiny.model.image_encoder.model_copy(update={"layers": count})
-        return VQAModel(tiny.model.model_copy(update={"image_encoder": tower}), tokenizer, source.answers, 64)
-
-    shallow, grown = with_layers(1), with_layers(3)
-    batch = split_for(grown, source.splits["train"]).batch(torch.arange(16).numpy())
-    assert (logits(grown, batch) - logits(shallow, batch)).abs().max() > 1e-3
-    shallow.save(tmp_path)
-    grown.grow_from(tmp_path)
-    torch.testing.assert_close(logits(grown, batch), logits(shallow, batch), rtol=0, atol=1e-6)
-    grown.loss(grown, batch, len(batch)).backward()
-    added = {
-        n: p for n, p in grown.named_parameters() if ("layers.1." in n or "layers.2." in n) and n.endswith("weight")
-    }
-    assert (
-        sum(bool(parameter.grad.any()) for parameter in added.values()) == 4
-    )  # what leads out of each layer's two parts
-
-
 def test_a_folder_without_weights_is_a_missing_file(model, tmp_path):
     model.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()

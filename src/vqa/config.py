@@ -35,7 +35,6 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
@@ -68,7 +67,7 @@ class DataConfig(Section):
 class ImageEncoderConfig(Section):
     kind: Literal["vit", "resnet18"]
     width: Positive = 768  # ViT: hidden size; ResNet18: channels of the last stage
-    layers: Count = 12  # ViT only, with none its stem alone; ResNet18 has its 18 by name
+    layers: Positive = 12  # ViT only: ResNet18 has its 18 by name
     heads: Positive = 12  # ViT only
     patch_size: Positive = 16  # ViT only
     stem: Literal["patch", "conv"] = "patch"  # ViT only; conv: Xiao et al. 2021
@@ -172,7 +171,7 @@ class RunConfig(Section):
     model: ModelConfig
     train: TrainConfig
     launch: LaunchConfig
-    parent: Self | None = None  # what this one starts from: aligned towers, or itself with a shallower image tower
+    parent: Self | None = None  # the alignment run whose towers this one starts from
     teacher: Self | None = None  # the run whose answers and features a student is given
     distillation: DistillationConfig | None = None
 
@@ -245,7 +244,6 @@ class Profile(Section):
     models: dict[Literal["teacher", "student"], ModelConfig]
     train: dict[Literal["teacher", "student"], TrainConfig]
     alignment: dict[Literal["teacher", "student"], TrainConfig] = {}  # roles whose towers are aligned first
-    shallow: dict[Literal["teacher", "student"], TrainConfig] = {}  # or that train without their ViT's layers first
     distillation: DistillationConfig
     distillation_study: DistillationStudyConfig
     launch: LaunchConfig
@@ -261,16 +259,12 @@ class Profile(Section):
     def _consistent(self) -> Self:
         if untrained := sorted(set(self.models) - set(self.train)):
             raise ValueError(f"models.{untrained[0]} has no settings under train")
-        if both := sorted(set(self.alignment) & set(self.shallow)):
-            raise ValueError(f"{both[0]} stands under alignment and under shallow: it can start from one run only")
-        if wrong := [role for role in self.shallow if self.models[role].image_encoder.kind != "vit"]:
-            raise ValueError(f"shallow.{wrong[0]} needs a vit, whose layers can be added later")
         return self
 
     def run(
         self, role: str, seed: int | None = None, aligned: bool = True, distilled: bool = False, **changes: Any
     ) -> RunConfig:
-        """The run of `role` under this profile; with `aligned` off, it starts from fresh weights, not from a parent.
+        """The run of `role` under this profile; with `aligned` off, its towers start untrained.
 
         With `distilled` on, it learns from the profile's teacher of the first seed. `changes` are dotted
         keys of RunConfig with `__` for the dot: `train__epochs=2`.
@@ -294,15 +288,7 @@ class Profile(Section):
             _assign(raw, key.replace("__", "."), value)
         if aligned and role in self.alignment:
             raw["parent"] = self._alignment_of(role, raw)
-        if aligned and role in self.shallow:
-            raw["parent"] = self._shallow_of(role, raw)
         return _validate(RunConfig, raw, f"profile {self.name}")
-
-    def _shallow_of(self, role: str, raw: dict) -> dict:
-        """Run `raw` without the layers of its ViT, which it grows from there."""
-        image_encoder = raw["model"]["image_encoder"] | {"layers": 0}
-        own = {"objective": "answers", "teacher": None, "distillation": None, "train": self.shallow[role].model_dump()}
-        return raw | own | {"model": raw["model"] | {"image_encoder": image_encoder}}
 
     def _alignment_of(self, role: str, raw: dict) -> dict:
         """The run that aligns the towers of run `raw`. It has no fusion, so all fusions can share it."""

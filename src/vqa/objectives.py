@@ -37,8 +37,7 @@ class Answers:
         self.rank = rank
         self.model = vqa_model(config.model, tokenizer_for(config, source), source.answers, config.data.image_size)
         if config.parent:
-            start = self.model.take_towers if config.parent.objective == "alignment" else self.model.grow_from
-            start(Run(config.parent).folder / "model")
+            self.model.take_towers(Run(config.parent).folder / "model")
         self.network: nn.Module = self.model  # what is trained; `model` is what is judged and kept
         self.splits = {name: split_for(self.model, table) for name, table in source.splits.items()}
         self.train_split = self.splits["train"]

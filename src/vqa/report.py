@@ -119,10 +119,9 @@ class Report:
     def answer_runs(self) -> list[Record]:
         """The runs that answer questions: teachers first, then by fusion and seed.
 
-        Not those that 05_distillation trained in numbers, which its own figures show; nor shallow starts of others.
+        Not those that 05_distillation trained in numbers, which its own figures show.
         """
         runs = [run for run in self.records() if run.answers() and run.folder.parent.name != "05_distillation"]
-        runs = [run for run in runs if run.config["model"]["image_encoder"]["layers"]]
         return sorted(runs, key=lambda run: (run.config["role"] != "teacher", run.name))
 
     def first_seeds(self) -> list[Record]:

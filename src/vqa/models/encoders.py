@@ -7,7 +7,6 @@ pixels and normalise them as their weights expect, so a tower cannot get another
 
 import os
 import pickle
-import re
 import socket
 from itertools import chain, pairwise
 from pathlib import Path
@@ -79,17 +78,6 @@ class ViTEncoder(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         _checkpoint_layers(self.vit)
-
-    def silence_layers(self, first: int) -> None:
-        """Make the layers from number `first` on pass everything through, until they learn otherwise.
-
-        What they add to their input is multiplied by zeros (Net2Net's deeper net, https://arxiv.org/abs/1511.05641).
-        """
-        for name, module in self.vit.named_modules():
-            place = re.search(r"layers?\.(\d+)\..*(o_proj|fc2|output\.dense)$", name)
-            if place and int(place[1]) >= first:
-                nn.init.zeros_(module.weight)
-                nn.init.zeros_(module.bias)
 
 
 def sines_and_cosines(side: int, width: int) -> torch.Tensor:

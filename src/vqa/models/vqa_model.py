@@ -118,12 +118,6 @@ class VQAModel(TwoTowers):
         self.image_encoder.load_state_dict(towers.image_encoder.state_dict())
         self.text_encoder.load_state_dict(towers.text_encoder.state_dict())
 
-    def grow_from(self, folder: Path) -> None:
-        """Start as the model saved in `folder`, which has a ViT of fewer layers: the others start as no change."""
-        shallow = type(self).from_pretrained(folder)
-        self.load_state_dict(shallow.state_dict(), strict=False)
-        self.image_encoder.silence_layers(shallow.config.image_encoder.layers)
-
 
 class AlignmentModel(TwoTowers):
     """Both towers projected into one space in which an image lies near its caption (CLIP)."""
