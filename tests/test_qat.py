@@ -54,23 +54,21 @@ def test_ddp_was_in_the_way_of_export_and_taking_it_off_is_enough(one_rank):
     assert wrapped.labels["engine"].startswith("DDP: ") and unwrapped.labels["engine"] == "unwrapped"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_fine_tuning_wins_answers_back_on_any_number_of_ranks(ranks, trained, tiny_profile):
-    """The tiny teacher as its own teacher; every step sees the same images on one rank and on two."""
-    taught = tiny_profile.run(
-        "teacher",
-        distilled=True,
-        aligned=False,
-        teacher=trained["alone"].config.model_dump(),
-        distillation__feature_weight=0.0,
-        launch__world_size=ranks,
-    )
-    run = Run(BenchmarkConfig(kind="qat", run=taught, steps=2), "vqa.benchmark")
-    launch([run])
-    rows = run.results()
-    accuracy = {row.labels["precision"]: row.value for row in rows if row.metric == "accuracy"}
-    assert list(accuracy) == ["fp32", POST_TRAINING, FINE_TUNED, IN_FILE]
-    assert accuracy["fp32"] == trained["alone"].result("accuracy").value
-    assert [row.value for row in rows if row.metric == "exported"] == [1, 0]
-    losses = run.metrics()["loss"].dropna()
-    assert losses.iloc[-1] < losses.iloc[0]
+def test_fine_tuning_is_the_same_on_one_rank_and_on_two(trained, tiny_profile):
+    """The tiny teacher as its own teacher; nearly, as inputs are rounded between the extremes of a rank's share."""
+    taught = {
+        "distilled": True,
+        "aligned": False,
+        "teacher": trained["alone"].config.model_dump(),
+        "distillation__feature_weight": 0.0,
+    }
+    configs = [tiny_profile.run("teacher", launch__world_size=ranks, **taught) for ranks in (1, 2)]
+    runs = launch([Run(BenchmarkConfig(kind="qat", run=run, steps=2), "vqa.benchmark") for run in configs], at_once=2)
+    for run in runs:
+        accuracy = {row.labels["precision"]: row.value for row in run.results() if row.metric == "accuracy"}
+        assert list(accuracy) == ["fp32", POST_TRAINING, FINE_TUNED, IN_FILE]
+        assert accuracy["fp32"] == pytest.approx(trained["alone"].result("accuracy").value)
+        assert accuracy[IN_FILE] == pytest.approx(accuracy[FINE_TUNED], abs=5)
+        assert [row.value for row in run.results() if row.metric == "exported"] == [1, 0]
+    one, two = (run.metrics()["loss"].dropna().iloc[0] for run in runs)
+    assert one == pytest.approx(two, rel=0.05)

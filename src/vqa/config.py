@@ -252,7 +252,7 @@ class Profile(Section):
     scaling: ScalingStudyConfig
     forensics: ForensicsStudyConfig
     fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
-    compiled: bool = True  # whether 06_quantization also compiles models, where there is a C++ compiler
+    compiled: Literal["none", "trained", "all"] = "trained"  # what 06_quantization also compiles; all: full size too
     latency_of: str = "base"  # the profile whose models 06_quantization times, with random weights
 
     @model_validator(mode="after")
