@@ -107,7 +107,7 @@ def test_an_existing_folder_is_not_overwritten(deployed, run, source):
 def test_a_place_that_cannot_be_written_is_named(run, source, tmp_path):
     """Under a file, because root may write into any directory."""
     (tmp_path / "file").touch()
-    folder = tmp_path / "file" / "teacher"
+    folder = tmp_path / "file" / "deployments" / "teacher"
     with pytest.raises(RunError, match=f"^cannot write {folder}: Not a directory; name another folder$"):
         deploy(run, source, folder)
 
