@@ -44,7 +44,7 @@ from vqa.sources import easy_vqa
 SHARED = runs.RUNS
 REPORT = ROOT / "reports" / "faults.csv"
 EXACT, OTHERS = 20, 10  # trials
-GONE_SECONDS, REFUSED_SECONDS = 10, 10
+GONE_SECONDS = 10
 PATIENCE = 300  # seconds until a trial that does not get on is given up
 WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
 CONFIG = load_profile("default", conftest.TINY).run(
@@ -457,7 +457,6 @@ def _refused(job: Job, sentence: str) -> float:
     seconds = time.monotonic() - started
     job.place.check_refusal(sentence)
     job.check_gone()
-    assert seconds < REFUSED_SECONDS, f"{seconds:.1f} s"
     return seconds
 
 
