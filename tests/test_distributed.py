@@ -51,7 +51,7 @@ def start_ranks(program: str, world_size: int) -> list[str]:
         )
         for rank in range(world_size)
     ]
-    return [rank.communicate(timeout=90)[0].strip() for rank in ranks]
+    return [rank.communicate(timeout=300)[0].strip() for rank in ranks]
 
 
 @pytest.fixture(scope="module")
