@@ -35,7 +35,7 @@ import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
 import conftest  # sets the environment, and so comes before vqa
-from vqa import checkpoint, distributed, objectives, runs, sources
+from vqa import checkpoint, objectives, orphans, runs, sources
 from vqa import train as training
 from vqa.config import ROOT, RunConfig, load_profile, save_yaml
 from vqa.runs import Run
@@ -203,7 +203,7 @@ class Job:
 def _agent(given: list[str], root: Path, plant: Callable[[], None]) -> None:
     """torchrun's main, in a process that has its imports, with ranks forked from it."""
     os.setsid()
-    distributed.die_with_parent()
+    orphans.die_with_parent()
     _speak(root / "agent.txt")
     runs.RUNS = root
 

@@ -159,7 +159,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 CHILD = """
 import time
-from vqa.distributed import die_with_parent
+from vqa.orphans import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(60)

@@ -14,7 +14,7 @@ LAYERS = [  # from the top; a module may import what stands below it
     *("understanding", "objectives", "targets", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
     *("losses", "metrics", "batches"),
-    *("sources.easy_vqa", "sources.sort_of_clevr", "sources", "checkpoint", "distributed", "runs", "config"),
+    *("sources.easy_vqa", "sources.sort_of_clevr", "sources", "checkpoint", "distributed", "runs", "config", "orphans"),
 ]
 
 
