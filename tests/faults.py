@@ -35,7 +35,7 @@ import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
 import conftest  # sets the environment, and so comes before vqa
-from vqa import checkpoint, distributed, objectives, runs, sources
+from vqa import checkpoint, objectives, orphans, runs, sources
 from vqa import train as training
 from vqa.config import ROOT, RunConfig, load_profile, save_yaml
 from vqa.runs import Run
@@ -44,7 +44,7 @@ from vqa.sources import easy_vqa
 SHARED = runs.RUNS
 REPORT = ROOT / "reports" / "faults.csv"
 EXACT, OTHERS = 20, 10  # trials
-GONE_SECONDS, REFUSED_SECONDS = 10, 10
+GONE_SECONDS = 10
 PATIENCE = 300  # seconds until a trial that does not get on is given up
 WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
 CONFIG = load_profile("default", conftest.TINY).run(
@@ -203,7 +203,7 @@ class Job:
 def _agent(given: list[str], root: Path, plant: Callable[[], None]) -> None:
     """torchrun's main, in a process that has its imports, with ranks forked from it."""
     os.setsid()
-    distributed.die_with_parent()
+    orphans.die_with_parent()
     _speak(root / "agent.txt")
     runs.RUNS = root
 
@@ -457,7 +457,6 @@ def _refused(job: Job, sentence: str) -> float:
     seconds = time.monotonic() - started
     job.place.check_refusal(sentence)
     job.check_gone()
-    assert seconds < REFUSED_SECONDS, f"{seconds:.1f} s"
     return seconds
 
 

@@ -69,7 +69,7 @@ def start_ranks(program: str, world_size: int) -> list[str]:
         )
         for rank in range(world_size)
     ]
-    return [rank.communicate(timeout=90)[0].strip() for rank in ranks]
+    return [rank.communicate(timeout=300)[0].strip() for rank in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 CHILD = """
 import time
-from vqa.distributed import die_with_parent
+from vqa.orphans import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(60)

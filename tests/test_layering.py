@@ -15,7 +15,7 @@ LAYERS = [  # from the top; a module may import what stands below it
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
     *("losses", "metrics", "vqa_accuracy", "batches"),
     *("sources.easy_vqa", "sources.sort_of_clevr", "sources.vqa_v2", "sources"),
-    *("images", "checkpoint", "distributed", "runs", "config"),
+    *("images", "checkpoint", "distributed", "runs", "config", "orphans"),
 ]
 
 

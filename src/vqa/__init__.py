@@ -1,6 +1,7 @@
 """A reproducible study of visual question answering: teacher, student, scale, size."""
 
 import logging
+import os
 import warnings
 
 # tqdm, which a library imports, asks for a widget package; progress here is plain text.
@@ -8,3 +9,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 # transformers imports torchao wherever it is installed, and torchao calls what this PyTorch deprecates.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+if "RANK" in os.environ:  # a rank spends seconds on imports, and its torchrun may be killed meanwhile
+    from vqa.orphans import die_with_parent
+
+    die_with_parent()

@@ -1,12 +1,11 @@
 """What one rank of a torchrun job needs to know and do. One rank takes the same path as many."""
 
-import ctypes
 import datetime
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from vqa.config import ConfigError, LaunchConfig
+from vqa.orphans import die_with_parent
 
-AGENT = "VQA_AGENT_PID"  # set by launch
 TIMEOUT = datetime.timedelta(minutes=10)
 HINT_SECONDS = 2  # ranks that waited for another give up together, within about this time
 SAME_REQUEST_SECONDS = 1  # torchrun passes on to its ranks what a cluster may also have sent them directly
@@ -105,19 +104,6 @@ def _late_ranks(said: str, store: dist.Store, rank: int, world_size: int) -> lis
         return []
     time.sleep(HINT_SECONDS)
     return [number for number in range(world_size) if not store.check([f"waited/{number}"])]
-
-
-def die_with_parent() -> None:
-    """Have Linux end this process when its parent ends, however that happens: no orphans.
-
-    A rank takes seconds to get here. If the torchrun that started it (its pid is in AGENT where
-    `launch` started that) is gone by then, the rank ends at once.
-    """
-    PR_SET_PDEATHSIG = 1
-    with suppress(OSError, AttributeError):  # another system than Linux: torchrun's own clean-up has to do
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if "RANK" in os.environ and os.environ.get(AGENT, str(os.getppid())) != str(os.getppid()):
-        os._exit(1)
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:

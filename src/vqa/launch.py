@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vqa.config import ROOT, ConfigError, Section, load_profile, save_yaml
-from vqa.distributed import AGENT, check_devices, die_with_parent
+from vqa.distributed import check_devices
+from vqa.orphans import AGENT, die_with_parent
 from vqa.runs import Run, code_digest
 
 GRACE_SECONDS = 10
