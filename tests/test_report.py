@@ -64,13 +64,14 @@ def test_the_table_shows_accuracy_with_interval_beside_blind(one_report):
 
 def test_the_readme_table_is_replaced_and_the_rest_untouched(monkeypatch, one_report, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{MARKS[0]}\nold numbers\n{MARKS[1]}\nafter\n")
+    faults = "\n".join([*FAULT_MARKS, ""])
+    readme.write_text(f"before\n{MARKS[0]}\nold numbers\n{MARKS[1]}\nafter\n{faults}")
     one_report.write_results()
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "REPORTS", tmp_path)
     report.write_readme()
     text = readme.read_text()
-    assert text.startswith(f"before\n{MARKS[0]}\n") and text.endswith(f"{MARKS[1]}\nafter\n")
+    assert text.startswith(f"before\n{MARKS[0]}\n") and f"{MARKS[1]}\nafter\n{FAULT_MARKS[0]}" in text
     assert "91.25 [90.00, 92.50]" in text and "old numbers" not in text
 
 

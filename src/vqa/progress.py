@@ -236,4 +236,5 @@ class Progress:
             raise TrainingError(f"{error}; the last good checkpoint is {self.saved or 'none yet'}") from None
 
     def checkpoint_share(self) -> Result:
-        return Result("checkpoint_share", 100 * self.saving_seconds / self.reporter.elapsed, "%")
+        """The part of training time that checkpoints took."""
+        return Result("checkpoint_share", self.saving_seconds / self.reporter.elapsed, "ratio")
