@@ -1,20 +1,33 @@
 """What one rank of a torchrun job needs to know and do. One rank takes the same path as many."""
 
-import ctypes
 import datetime
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vqa.config import ConfigError, LaunchConfig
+from vqa.orphans import die_with_parent
 
-AGENT = "VQA_AGENT_PID"  # set by launch
 TIMEOUT = datetime.timedelta(minutes=10)
+HINT_SECONDS = 2  # ranks that waited for another give up together, within about this time
+SAME_REQUEST_SECONDS = 1  # torchrun passes on to its ranks what a cluster may also have sent them directly
+
+T = TypeVar("T")
+
+
+class LateRank(RuntimeError):
+    """A rank was waited for longer than TIMEOUT; the message names it."""
+
+
+class Stopped(RuntimeError):
+    """All ranks leave their work at the same point, because one of them was asked to."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ def check_devices(launch: LaunchConfig) -> None:
 def process_group(launch: LaunchConfig) -> Iterator[Rank]:
     """Join the job that torchrun describes in the environment; leave it when the block ends.
 
-    Raises ConfigError if torchrun did not start this process, or not with `launch.world_size` ranks.
+    Raises ConfigError if torchrun did not start this process, or not with `launch.world_size` ranks;
+    LateRank where gloo's time-out shows that one does not come. (NCCL's own watchdog ends the process.)
     """
     started = os.environ.get("WORLD_SIZE", "1")
     if "RANK" not in os.environ:
@@ -57,24 +71,34 @@ def process_group(launch: LaunchConfig) -> Iterator[Rank]:
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, _, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store through all restarts: without a prefix a new gang meets the addresses of the dead one.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
-        yield Rank(rank, local_rank, dist.get_world_size(), device)
+        yield Rank(rank, local_rank, world_size, device)
+    except RuntimeError as error:
+        if late := _late_ranks(str(error), store, rank, world_size):
+            names = " and ".join(f"rank {number}" for number in late)
+            raise LateRank(f"{names} did not come within {TIMEOUT.total_seconds():.0f} s: see what holds it") from error
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def die_with_parent() -> None:
-    """Have Linux end this process when its parent ends, however that happens: no orphans.
+def _late_ranks(said: str, store: dist.Store, rank: int, world_size: int) -> list[int]:
+    """Those that others waited for in vain, if a collective failed in that way and `said` so.
 
-    A rank takes seconds to get here. If the torchrun that started it (its pid is in AGENT where
-    `launch` started that) is gone by then, the rank ends at once.
+    Every rank whose wait ends, by time-out or because a neighbour gave up, leaves word in the store.
     """
-    PR_SET_PDEATHSIG = 1
-    with suppress(OSError, AttributeError):  # another system than Linux: torchrun's own clean-up has to do
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if "RANK" in os.environ and os.environ.get(AGENT, str(os.getppid())) != str(os.getppid()):
-        os._exit(1)
+    waited = "timed out" in said.lower() or "timeout" in said.lower()
+    if not (waited or "connection" in said.lower()):
+        return []
+    store.set(f"waited/{rank}", "")
+    if not waited:
+        return []
+    time.sleep(HINT_SECONDS)
+    return [number for number in range(world_size) if not store.check([f"waited/{number}"])]
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
@@ -96,3 +120,62 @@ def from_main(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def main_first(work: Callable[[], T], rank: Rank) -> T | None:
+    """What `work` gives on the main rank, None on the others, which wait; what it raises there is raised on all."""
+    given, failure = None, None
+    if rank.is_main:
+        try:
+            given = work()
+        except Exception as error:
+            failure = error
+    if failure := from_main(failure):
+        failure.of_main = not rank.is_main
+        raise failure
+    return given
+
+
+def said_by_main(error: Exception) -> bool:
+    """Whether `error` came from the main rank's work through `main_first`, so that this rank need not say it too."""
+    return getattr(error, "of_main", False)
+
+
+def anyone(yes: bool | torch.Tensor, rank: Rank, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether `yes` on any rank, told to all: one number is exchanged."""
+    if rank.world_size == 1:
+        return bool(yes)
+    flag = torch.as_tensor(yes, dtype=torch.float32, device=rank.device).clone()
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group)
+    return bool(flag)
+
+
+_asked: list[float] = []  # when this process was asked to stop
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT ask the job to stop where `stop_if_asked` is next called.
+
+    A second one, unless it comes within SAME_REQUEST_SECONDS, ends the process at once.
+    """
+
+    def ask(number: int, _) -> None:
+        if _asked and time.monotonic() - _asked[0] > SAME_REQUEST_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        _asked.append(time.monotonic())
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        _asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_if_asked(rank: Rank) -> None:
+    """Raise Stopped on every rank if any was asked to stop. Every rank must call this equally often."""
+    if anyone(bool(_asked), rank):
+        raise Stopped("stopped")

@@ -16,7 +16,7 @@ import torch
 from vqa import sources
 from vqa.batches import Split
 from vqa.config import ConfigError
-from vqa.distributed import Rank, gather_objects
+from vqa.distributed import Rank, gather_objects, stop_if_asked
 from vqa.metrics import BlindBaseline, accuracy_results
 from vqa.models import load_vqa_model
 from vqa.models.vqa_model import VQAModel
@@ -33,13 +33,18 @@ def predict(model: VQAModel, split: Split, rank: Rank) -> pd.DataFrame:
 
     Ranks take turns at whole batches, none padded and none repeated, so every world size gives the
     same records. An answer outside the vocabulary is never predicted, hence counted as wrong.
+    Raises Stopped if a rank is asked to stop.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     images = np.arange(len(split))
     batches = [images[i : i + IMAGES_PER_BATCH] for i in range(0, len(images), IMAGES_PER_BATCH)]
     mine = []
-    for chosen in batches[rank.rank :: rank.world_size]:
+    for turn in range(0, len(batches), rank.world_size):
+        stop_if_asked(rank)
+        if turn + rank.rank >= len(batches):  # nothing left in the last turn
+            continue
+        chosen = batches[turn + rank.rank]
         batch = split.batch(chosen).to(device)
         confidence, index = model(**batch.inputs()).float().softmax(-1).max(-1)
         written = model.generate(batch) if hasattr(model, "generate") else [None] * len(batch)

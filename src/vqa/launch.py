@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vqa.config import ROOT, ConfigError, Section, load_profile, save_yaml
-from vqa.distributed import AGENT, check_devices, die_with_parent
+from vqa.distributed import check_devices
+from vqa.orphans import AGENT, die_with_parent
 from vqa.runs import Run, code_digest
 
 GRACE_SECONDS = 10
@@ -48,6 +49,8 @@ def launch(runs: Run | Sequence[Run], at_once: int = 1) -> list[Run]:
                 jobs.remove(job)
                 job.check()
     finally:
+        for job in jobs:  # all are asked before one is waited for
+            job.ask_to_stop()
         for job in jobs:
             job.stop()
     return runs
@@ -109,22 +112,32 @@ class Job:
             log = self.run.folder / "launch.log"
             raise LaunchError(self.last_error or f"exit status {self.process.returncode}; the log is {log}")
 
+    def ask_to_stop(self) -> None:
+        """Tell torchrun, which tells its ranks: those that train save a checkpoint first."""
+        with suppress(ProcessLookupError):  # already ended
+            os.killpg(self.process.pid, signal.SIGTERM)
+
     def stop(self) -> None:
-        """End torchrun, which ends its ranks; what is left after a grace period is killed.
+        """Wait for the end that was asked for; what is left after a grace period, or at a second interrupt, is killed.
 
         Ranks live in sessions of their own, but each asks Linux to die with torchrun.
         """
-        with suppress(ProcessLookupError):  # already ended
-            os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.reader.join()
+        if self.last_error:
+            print(self.prefix + self.last_error, flush=True)
 
 
 def _command(run: Run) -> list[str]:
+    """torchrun and what it runs.
+
+    Without --max-restarts: torchrun cannot tell a killed rank from a refusal, and would repeat a wrong key,
+    a full disk or a stop that was asked for. Running the cell again goes on from the last checkpoint.
+    """
     config = run.folder / "config.yaml"
     with run.replacing("config.yaml") as path:
         save_yaml(run.config, path)

@@ -21,7 +21,7 @@ from torch.distributed.nn.functional import all_gather
 from vqa import sources
 from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
-from vqa.distributed import Rank, from_main
+from vqa.distributed import Rank, from_main, stop_if_asked
 from vqa.evaluate import records
 from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
@@ -100,6 +100,7 @@ class Alignment:
     @torch.inference_mode()
     def _recalls(self) -> list[Result]:
         """Every rank computes the same: a gallery is small beside a training epoch."""
+        stop_if_asked(self.rank)
         split = self.splits["validation"]
         self.model.eval()
         parts = [

@@ -4,84 +4,75 @@
 
 A step's loss is the sum over its pairs divided by their number on all ranks, and the order of
 images does not depend on the number of ranks: world size changes the speed, not what is learned.
+
+A run that was stopped or killed goes on from its last checkpoint when the same command comes again,
+to the same bits. SIGTERM or SIGINT at any rank saves a checkpoint first.
 """
 
 import argparse
+import os
 import sys
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vqa import sources
+from vqa import checkpoint, sources
 from vqa.batches import Batch, EpochPlan
-from vqa.config import ConfigError, RunConfig, TrainConfig, load_profile, load_section, parse_overrides
-from vqa.distributed import Rank, all_reduce_sum, check_devices, process_group
+from vqa.checkpoint import CheckpointError
+from vqa.config import ConfigError, RunConfig, TrainConfig, digest, load_profile, load_section, parse_overrides
+from vqa.distributed import LateRank, Rank, anyone, check_devices, main_first, process_group, said_by_main, stoppable
 from vqa.models.vqa_model import parameter_count
 from vqa.objectives import OBJECTIVES, Alignment, Answers
+from vqa.progress import Progress, Reporter, TrainingError
 from vqa.runs import Result, Run, RunError
-
-LOGS_PER_EPOCH = 4
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; its message says where it stopped."""
 
 
 def train(config: RunConfig, run: Run, rank: Rank) -> None:
     """Train as `config` says, keep the best model by validation, then meet the test split once.
 
-    Everything lands in `run`'s folder. Raises TrainingError on a gradient that is not finite.
+    Everything lands in `run`'s folder; a checkpoint found there is where training starts.
+    Raises TrainingError on a loss or gradient that is not finite, and after a signal; CheckpointError for a
+    checkpoint that cannot be written or is of other data.
     """
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(rank.device.type == "cpu")
-    objective = OBJECTIVES[config.objective](config, load_data(config, rank), rank)
+    source = load_data(config, rank)
+    objective = OBJECTIVES[config.objective](config, source, rank)
     objective.network.to(rank.device)
     model = objective.model
     trainer = Trainer(config, objective, rank)
     reporter = Reporter(run, rank, trainer)
-    reporter.say(f"{run.folder.name}: {parameter_count(model):,} parameters, {len(objective.train_split):,} images")
-
-    best, best_epoch = -1.0, 0
-    weights = run.folder / "checkpoints" / "best.safetensors"
-    for epoch in range(config.train.epochs):
-        trainer.epoch(epoch, reporter)
-        score = objective.judge()
-        if better := score > best:
-            best, best_epoch = score, epoch
-            if rank.is_main:
-                with run.replacing("checkpoints/best.safetensors") as path:
-                    save_model(model, str(path))
-        reporter.epoch(epoch, score, better)
-        if config.train.patience and epoch - best_epoch >= config.train.patience:
-            reporter.say(f"no better validation for {config.train.patience} epochs: stopping")
-            break
-
-    torch.distributed.barrier()  # the best weights are on disk before another rank reads them
-    load_model(model, str(weights))
-    results = objective.finish(run)
+    progress = Progress(run, rank, trainer, reporter, {"configuration": digest(config), "data": source.fingerprint})
+    if not progress.resumed():
+        reporter.say(f"{run.folder.name}: {parameter_count(model):,} parameters, {len(objective.train_split):,} images")
+    with stoppable(), progress.told_on_the_way_out():
+        while not progress.over:
+            trainer.epoch(progress.epoch, progress, first=progress.step_in_epoch)
+            progress.judged(objective.judge())
+        progress.training = False
+        load_model(model, str(progress.best_weights))
+        results = objective.finish(run)
     if rank.is_main:
         model.save(run.folder / "model")
-        run.finish([*results, *_costs(run, model)])
+        run.finish([*results, *_costs(run, model), progress.checkpoint_share()])
+        checkpoint.forget(progress.folder)
         main_figure = next(
             row for row in reversed(results) if row.metric in ("accuracy", "recall_at_1_image_to_caption")
         )
-        reporter.say(f"{main_figure.split} {main_figure.metric} {main_figure.value:.2f} %, from epoch {best_epoch + 1}")
+        epoch = progress.best_epoch + 1
+        reporter.say(f"{main_figure.split} {main_figure.metric} {main_figure.value:.2f} %, from epoch {epoch}")
 
 
 def load_data(config: RunConfig, rank: Rank) -> sources.Source:
     """The data set; what is missing on disk is built by the main rank while the others wait."""
-    if rank.is_main:
-        sources.load(config.data)
-    torch.distributed.barrier()
-    return sources.load(config.data)
+    return main_first(lambda: sources.load(config.data), rank) or sources.load(config.data)
 
 
 class Trainer:
@@ -110,21 +101,23 @@ class Trainer:
                 devices, model = [rank.device], nn.SyncBatchNorm.convert_sync_batchnorm(model)
             self.model = DistributedDataParallel(model, device_ids=devices)
 
-    def epoch(self, epoch: int, reporter: "Reporter") -> None:
+    def epoch(self, epoch: int, reporter: "Progress", first: int = 0) -> None:
+        """The steps of `epoch` from its `first` on; `reporter.step` is told of each."""
         self.model.train()
         train, rank = self.config.train, self.rank
         plan = EpochPlan.make(len(self.split), train.global_batch_size, self.config.seed, epoch, self.config.data.flips)
-        for step, images in enumerate(plan.steps):
+        for step, images in list(enumerate(plan.steps))[first:]:
             batches = plan.micro_batches(
                 step, self.split, rank.rank, rank.world_size, train.gradient_accumulation_steps
             )
             loss, norm = self.update([batch.to(rank.device) for batch in batches], images)
-            if not torch.isfinite(norm):
-                raise TrainingError(f"epoch {epoch + 1}, step {step + 1}: the gradient is not finite; lower train.lr")
             reporter.step(epoch, step, len(self.split.pairs_of(images)), loss, norm)
 
     def update(self, batches: list[Batch], images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step. Gives this rank's loss (their mean is the step's) and the gradient's norm."""
+        """One optimizer step. Gives this rank's loss (their mean is the step's) and the gradient's norm.
+
+        Raises TrainingError on every rank, with all weights as they were, if either is not finite on any.
+        """
         total = torch.zeros((), device=self.rank.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -134,10 +127,34 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
+        # The gradient is everyone's already; a loss may be infinite on one rank and its gradient finite.
+        if anyone(
+            ~(torch.isfinite(total) & torch.isfinite(norm)), self.rank, getattr(self.model, "process_group", None)
+        ):
+            raise TrainingError(self._not_finite(images))
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return total, norm
+
+    def _not_finite(self, images: np.ndarray) -> str:
+        epoch, step = divmod(self.schedule.last_epoch, self.steps_per_epoch)
+        asked = self.split.frame["question_id"].iloc[self.split.pairs_of(images)]
+        return (
+            f"epoch {epoch + 1}, step {step + 1}: the loss or the gradient is not finite; lower train.lr "
+            f"or look at questions {spans(asked)}"
+        )
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """`[3, 4, 5, 9]` -> `"3-5, 9"`: every number, in little room."""
+    ends: list[list[int]] = []
+    for number in sorted(numbers):
+        if ends and number == ends[-1][1] + 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -150,76 +167,6 @@ def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16")
-
-
-@dataclass
-class _Window:
-    """What happened since the last line of the log."""
-
-    loss: torch.Tensor | float = 0.0
-    steps: int = 0
-    pairs: int = 0
-    started: float = 0.0
-
-
-class Reporter:
-    """Progress as plain lines, one every quarter of an epoch, on screen, in log.txt and metrics.jsonl."""
-
-    def __init__(self, run: Run, rank: Rank, trainer: Trainer):
-        self.run, self.rank, self.trainer = run, rank, trainer
-        self.every = max(trainer.steps_per_epoch // LOGS_PER_EPOCH, 1)
-        self.started = time.perf_counter()
-        self.window = _Window(started=self.started)
-        if rank.is_main:  # a run that is written again starts its records again
-            for name in ("metrics.jsonl", "log.txt"):
-                (run.folder / name).unlink(missing_ok=True)
-
-    def say(self, text: str) -> None:
-        if self.rank.is_main:
-            print(text, flush=True)
-            with (self.run.folder / "log.txt").open("a") as file:
-                file.write(text + "\n")
-
-    def step(self, epoch: int, step: int, pairs: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Count a step; write the window's mean loss over all ranks when it is full."""
-        window = self.window
-        window.loss, window.steps, window.pairs = window.loss + loss, window.steps + 1, window.pairs + pairs
-        if (step + 1) % self.every:
-            return
-        mean = (all_reduce_sum(window.loss) / window.steps / self.rank.world_size).item()
-        now = time.perf_counter()
-        rate = window.pairs / (now - window.started)
-        seconds = (now - window.started) / window.steps
-        lr = self.trainer.schedule.get_last_lr()[0]
-        done = epoch * self.trainer.steps_per_epoch + step + 1
-        epochs, steps = self.trainer.config.train.epochs, self.trainer.steps_per_epoch
-        self.say(
-            f"epoch {epoch + 1:>2}/{epochs}  step {step + 1:>4}/{steps}"
-            f"  loss {mean:.4f}  lr {lr:.1e}  {rate:,.0f} questions/s"
-        )
-        if self.rank.is_main:
-            self.run.log_metrics(
-                step=done,
-                epoch=epoch + 1,
-                loss=mean,
-                lr=lr,
-                grad_norm=norm.item(),
-                questions_per_second=rate,
-                step_seconds=seconds,
-            )
-        self.window = _Window(started=time.perf_counter())
-
-    def epoch(self, epoch: int, score: float, better: bool) -> None:
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / (epoch + 1) * (self.trainer.config.train.epochs - epoch - 1)
-        self.say(
-            f"epoch {epoch + 1:>2}  validation {100 * score:.2f} %{' (best)' if better else ''}"
-            f"  {elapsed:.0f} s, {left:.0f} s to go"
-        )
-        if self.rank.is_main:
-            done = (epoch + 1) * self.trainer.steps_per_epoch
-            self.run.log_metrics(step=done, epoch=epoch + 1, validation=100 * score, seconds=elapsed)
-        self.window = _Window(started=time.perf_counter())
 
 
 def _costs(run: Run, model: nn.Module) -> list[Result]:
@@ -249,10 +196,22 @@ def main() -> None:
             config = load_profile(arguments.profile, overrides).run(arguments.role, arguments.seed)
         check_devices(config.launch)
         run = Run(config)
-        with process_group(config.launch) as rank, run.writing() if rank.is_main else nullcontext():
+        with process_group(config.launch) as rank, writing(run, rank):
             train(config, run, rank)
-    except (ConfigError, RunError, TrainingError, sources.SourceError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, RunError, TrainingError, CheckpointError) as error:  # of every rank: one of them says it
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    except (sources.SourceError, LateRank) as error:
+        sys.exit(1 if said_by_main(error) else f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write or read {error.filename or run.folder}: {error.strerror}")
+
+
+@contextmanager
+def writing(run: Run, rank: Rank) -> Iterator[None]:
+    """`run.writing()` on the main rank. Raises its RunError on every rank."""
+    with ExitStack() as held:
+        main_first(lambda: held.enter_context(run.writing()), rank)
+        yield
 
 
 if __name__ == "__main__":
