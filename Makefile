@@ -7,7 +7,7 @@ REPORT := reports/$(PROFILE)
 PACKAGE := $(wildcard src/vqa/*.py src/vqa/*/*.py) $(wildcard params/*.yaml)
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
-.PHONY: help study test lab figures lint clean diffs
+.PHONY: help study test faults lab figures lint clean diffs
 .DELETE_ON_ERROR:
 
 help: ## list these commands
@@ -19,6 +19,9 @@ study: $(NOTEBOOKS:%=$(STAMPS)/%) ## run every notebook and write the report of 
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest
+
+faults: .venv/ready ## inject every fault many times (about half an hour) and write reports/faults.csv
+	$(BIN)/python tests/faults.py
 
 lab: .venv/ready ## open JupyterLab
 	$(BIN)/jupyter lab notebooks

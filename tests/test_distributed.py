@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,22 +36,28 @@ print(json.dumps(said))
 """
 
 
-@pytest.fixture(scope="module")
-def said() -> list[dict]:
-    """What each of two ranks, started as torchrun starts them, has to say."""
+def start_ranks(program: str, world_size: int) -> list[str]:
+    """What each rank prints that runs `program`, started as torchrun starts it."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK],
+            [sys.executable, "-c", program],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "2"},
             stdout=subprocess.PIPE,
+            text=True,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    return [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    return [rank.communicate(timeout=300)[0].strip() for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def said() -> list[dict]:
+    """What each of two ranks has to say."""
+    return [json.loads(text) for text in start_ranks(RANK, 2)]
 
 
 def test_ranks_know_who_they_are_and_leave_the_group(said):
@@ -75,9 +82,84 @@ def test_more_ranks_than_gpus_are_refused():
     check_devices(LaunchConfig(world_size=too_many, device="cpu"))
 
 
+LATE = """
+import datetime, sys, time, torch
+from vqa import distributed
+from vqa.config import LaunchConfig
+distributed.TIMEOUT = datetime.timedelta(seconds=4)
+try:
+    with distributed.process_group(LaunchConfig(world_size=3, device="cpu", threads_per_rank=1)) as rank:
+        if rank.rank == 1:
+            time.sleep(12)
+        distributed.all_reduce_sum(torch.ones(1))
+except distributed.LateRank as error:
+    print(error)
+except RuntimeError as error:
+    print("no hint")
+"""
+
+
+def test_a_late_rank_is_named_by_those_that_waited():
+    said = start_ranks(LATE, 3)
+    assert said[1] == "no hint"
+    assert "rank 1 did not come within 4 s: see what holds it" in (said[0], said[2])
+    assert not [text for text in said if "rank 0" in text or "rank 2" in text]
+
+
+TOGETHER = """
+import json, os, signal
+from vqa.config import LaunchConfig
+from vqa.distributed import Stopped, anyone, main_first, process_group, stop_if_asked, stoppable
+
+with process_group(LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)) as rank:
+    said = {"anyone": [anyone(rank.rank == one, rank) for one in (0, 1, 2)]}
+    said["given"] = main_first(lambda: f"done by {rank.rank}", rank)
+    try:
+        main_first(lambda: os.stat("/no/where"), rank)
+    except FileNotFoundError as error:
+        said["raised"] = error.filename
+    with stoppable():
+        for step in range(10):
+            if step == 3 + rank.rank and rank.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # as from torchrun and from a cluster
+            try:
+                stop_if_asked(rank)
+            except Stopped:
+                said["stopped"] = step
+                break
+print(json.dumps(said))
+"""
+
+
+def test_what_one_rank_meets_all_ranks_know():
+    """A flag of either, an error of the main rank's work, a signal at rank 1 only."""
+    main, other = (json.loads(text) for text in start_ranks(TOGETHER, 2))
+    for said in (main, other):
+        assert said["anyone"] == [True, True, False]
+        assert said["raised"] == "/no/where" and said["stopped"] == 4
+    assert main["given"] == "done by 0" and other["given"] is None
+
+
+IMPATIENT = """
+import os, signal, time
+from vqa.distributed import stoppable
+with stoppable():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    done = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and not done.stdout
+
+
 CHILD = """
 import time
-from vqa.distributed import die_with_parent
+from vqa.orphans import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(60)

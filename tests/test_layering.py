@@ -9,11 +9,12 @@ PACKAGE = Path(vqa.__file__).parent
 LAYERS = [  # from the top; a module may import what stands below it
     *("study", "report"),
     *("figures_architecture", "figures_deployment", "figures_distillation", "figures_scaling", "figures"),
-    *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "train", "quantize", "int8"),
+    *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "train", "progress"),
+    *("quantize", "int8"),
     *("understanding", "objectives", "targets", "evaluate", "ask"),
     *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
     *("losses", "metrics", "batches"),
-    *("sources.easy_vqa", "sources.sort_of_clevr", "sources", "distributed", "runs", "config"),
+    *("sources.easy_vqa", "sources.sort_of_clevr", "sources", "checkpoint", "distributed", "runs", "config", "orphans"),
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from vqa import report
 from vqa.config import ROOT, load_profile, save_yaml
-from vqa.report import COLUMNS, MARKS, Record, Report, accuracy_table, record
+from vqa.report import COLUMNS, FAULT_MARKS, MARKS, Record, Report, accuracy_table, fault_table, markdown, record
 from vqa.runs import Result, Run
 
 METRICS = [
@@ -64,13 +64,14 @@ def test_the_table_shows_accuracy_with_interval_beside_blind(one_report):
 
 def test_the_readme_table_is_replaced_and_the_rest_untouched(monkeypatch, one_report, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{MARKS[0]}\nold numbers\n{MARKS[1]}\nafter\n")
+    faults = "\n".join([*FAULT_MARKS, ""])
+    readme.write_text(f"before\n{MARKS[0]}\nold numbers\n{MARKS[1]}\nafter\n{faults}")
     one_report.write_results()
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "REPORTS", tmp_path)
     report.write_readme()
     text = readme.read_text()
-    assert text.startswith(f"before\n{MARKS[0]}\n") and text.endswith(f"{MARKS[1]}\nafter\n")
+    assert text.startswith(f"before\n{MARKS[0]}\n") and f"{MARKS[1]}\nafter\n{FAULT_MARKS[0]}" in text
     assert "91.25 [90.00, 92.50]" in text and "old numbers" not in text
 
 
@@ -117,7 +118,7 @@ def test_a_model_is_named_by_what_it_is_and_how_it_differs_from_the_profile(chan
 def test_the_readme_leaves_variations_to_the_reports(monkeypatch, one_report, tmp_path):
     table = one_report.write_results()
     table.assign(model="student, 10 % of questions").to_csv(one_report.folder / "results.csv", index=False)
-    (tmp_path / "README.md").write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
+    (tmp_path / "README.md").write_text("\n".join([*MARKS, *FAULT_MARKS]))
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(report, "REPORTS", tmp_path)
     report.write_readme()
@@ -131,3 +132,16 @@ def test_a_notebook_does_not_see_what_later_ones_left(one_report, finished_run):
     record(finished_run, one_report.folder / "records" / "01_a")
     (kept,) = Report(one_report.folder, one_report.profile, "01_a").records()
     assert kept.folder.parent.name == "01_a"
+
+
+def test_the_table_of_faults_stands_between_its_marks(monkeypatch, tmp_path):
+    rows = {"fault": ["kill", "wrong key"], "trials": [20, 10], "survived": [19, 10], "steps_lost": [3, 0]}
+    faults = pd.DataFrame(rows | {"seconds": [4.26, 0.5]})
+    faults.to_csv(tmp_path / "faults.csv", index=False)
+    (tmp_path / "README.md").write_text("\n".join(["a", *MARKS, "b", *FAULT_MARKS, "c"]))
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    report.write_readme()
+    text = (tmp_path / "README.md").read_text()
+    assert text.split(FAULT_MARKS[0])[1] == f"\n{markdown(fault_table(faults))}{FAULT_MARKS[1]}\nc"
+    assert "| kill | 20 | 19 | 3 | 4.3 |" in text and text.startswith(f"a\n{MARKS[0]}\nNo results yet.\n")

@@ -19,7 +19,7 @@ from vqa.evaluate import predict
 from vqa.models.vqa_model import AlignmentModel
 from vqa.objectives import Answers
 from vqa.runs import Run
-from vqa.train import Trainer, TrainingError, optimizer
+from vqa.train import Trainer, TrainingError, optimizer, spans
 
 
 def sha256(path: Path) -> str:
@@ -157,6 +157,7 @@ def test_training_stops_when_patience_ends(tiny_profile, train_here):
 
 def test_costs_are_those_of_the_saved_model(trained):
     run = trained["alone"]
+    assert 0 < run.result("checkpoint_share", "").value < 1
     weights = run.folder / "model" / "model.safetensors"
     assert run.result("bytes_on_disk", "").value == weights.stat().st_size
     assert run.result("parameters", "").value == sum(
@@ -230,11 +231,45 @@ def test_accumulated_parts_make_the_step_of_the_whole(tiny_profile, trainer_of):
     assert steps[1] == pytest.approx(steps[0], rel=2e-6)
 
 
-def test_a_gradient_that_is_not_finite_ends_training_in_a_sentence(tiny_profile, train_here):
-    with pytest.raises(TrainingError, match=r"^epoch 1, step [23]: the gradient is not finite; lower train.lr$"):
-        train_here(tiny_profile.run("teacher", train__lr=1e30, train__warmup_fraction=0.0))
-    (folder,) = runs.RUNS.iterdir()
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+def test_what_is_not_finite_ends_training_before_the_update(spoiled, tiny_profile, trainer_of):
+    """An infinite loss with a finite gradient, and the reverse. The sentence names every question of the step."""
+    trainer = trainer_of(tiny_profile.run("teacher", train__warmup_fraction=0.0))
+    images = np.array([5, 3, 40])
+    before = {name: value.clone() for name, value in trainer.objective.model.state_dict().items()}
+    loss = trainer.objective.loss
+
+    def infinite(*given):
+        value = loss(*given)
+        if spoiled == "loss":
+            return value + math.inf
+        value.register_hook(lambda gradient: gradient * math.inf)
+        return value
+
+    trainer.objective.loss = infinite
+    with pytest.raises(TrainingError, match=r"^epoch 1, step 1: the loss or the gradient is not finite") as caught:
+        trainer.update([trainer.split.batch(images)], images)
+    named = [part.split("-") for part in str(caught.value).split("questions ")[1].split(", ")]
+    asked = {number for ends in named for number in range(int(ends[0]), int(ends[-1]) + 1)}
+    assert asked == set(
+        trainer.split.frame["question_id"][
+            trainer.split.frame["image_id"].isin(trainer.split.frame["image_id"].unique()[images])
+        ]
+    )
+    after = trainer.objective.model.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
+
+
+def test_a_run_that_is_not_finite_names_its_last_good_checkpoint(tiny_profile, train_here):
+    changes = {"train__lr": 1e30, "train__warmup_fraction": 0.0, "train__checkpoint_every_steps": 1}
+    with pytest.raises(TrainingError, match=r"^epoch 1, step 2: .*; the last good checkpoint is step-1$"):
+        train_here(tiny_profile.run("teacher", **changes))
+    (folder,) = runs.RUNS.glob("teacher*")
     assert not (folder / "results.json").exists() and not (folder / "model").exists()
+
+
+def test_spans_hold_every_number_once():
+    assert spans([9, 3, 4, 5]) == "3-5, 9" and spans([]) == ""
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny_profile, trainer_of):
