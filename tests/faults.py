@@ -724,7 +724,7 @@ def inject(name: str, trials: int | None) -> dict:
         try:
             outcomes.append(fault(np.random.default_rng([trial, *name.encode()]), trial))
             print(f"{name}, trial {trial}: {outcomes[-1]}", flush=True)
-        except (AssertionError, OSError, IndexError, subprocess.SubprocessError, psutil.Error) as error:
+        except (AssertionError, OSError, LookupError, subprocess.SubprocessError, psutil.Error) as error:
             print(f"{name}, trial {trial}: {type(error).__name__}: {error}", flush=True)
     row = {
         "fault": name,
