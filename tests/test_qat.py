@@ -63,6 +63,7 @@ def test_fine_tuning_wins_answers_back_on_any_number_of_ranks(ranks, trained, ti
         aligned=False,
         teacher=trained["alone"].config.model_dump(),
         distillation__feature_weight=0.0,
+        distillation__token_weight=0.0,
         launch__world_size=ranks,
     )
     run = Run(BenchmarkConfig(kind="qat", run=taught, steps=2), "vqa.benchmark")
