@@ -33,7 +33,7 @@ TINY = {
     "alignment": {},
     "launch": {"world_size": 1, "device": "cpu", "threads_per_rank": 1},
     "benchmark_steps": 5,
-    "distillation": {"temperature": 2.0, "alpha": 0.7, "feature_weight": 1.0},
+    "distillation": {"temperature": 2.0, "alpha": 0.7, "feature_weight": 1.0, "token_weight": 1.0},
     "scaling": {"images": 64, "epochs": 2, "steps": 3},
     "forensics": {"seeds": [0], "images": 64, "epochs": 1},
 }

@@ -237,6 +237,12 @@ def test_the_alignment_run_is_the_same_alone_or_distilled():
     assert profile.run("student").parent == profile.run("student", distilled=True).parent is not None
 
 
+HEIR = {
+    "distillation__inherit_text": True,
+    "model__text_encoder__width": 32,
+}  # the tiny student, as wide as its teacher
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -248,6 +254,11 @@ def test_the_alignment_run_is_the_same_alone_or_distilled():
         ({"model__fusion__kind": "unified_decoder"}, "a unified_decoder has one tower"),
         ({"distillation__alpha": 1.5}, "distillation.alpha is 1.5"),
         ({"distillation__temperature": 0.0}, "distillation.temperature is 0.0"),
+        ({"distillation__token_weight": -1.0}, "distillation.token_weight is -1.0"),
+        (HEIR | {"model__text_encoder__width": 24}, "of equal width: the teacher's has 32, the student's 24"),
+        (HEIR | {"model__text_encoder__heads": 4}, "of equal heads: the teacher's has 2, the student's 4"),
+        (HEIR | {"model__text_encoder__layers": 2}, "cannot take 2 layers from a teacher's text tower of 1"),
+        (HEIR | {"model__text_encoder__kind": "bert"}, "makes a distilbert of a bert, not a bert of a bert"),
         ({"distillation__temprature": 1.0}, "unknown key distillation.temprature; did you mean temperature?"),
     ],
 )

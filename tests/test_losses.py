@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
+from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss, token_loss
 
 
 def test_shares_of_any_size_add_up_to_the_loss_of_the_whole():
@@ -115,3 +115,29 @@ def test_feature_loss_counts_a_row_once_for_each_pair():
     """By hand: mean squares 1 and 4, asked about twice and once, of five pairs in the step."""
     features, teacher = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
     assert feature_loss(features, teacher, torch.tensor([0, 1, 0]), 5).item() == pytest.approx((1 + 4 + 1) / 5)
+
+
+@pytest.fixture
+def tokens():
+    """Questions of three and two tokens with mean squares 1, 4, 9 and 2, 8, as (student, teacher, mask)."""
+    roots = torch.tensor([[1.0, 2.0, 3.0], [2**0.5, 8**0.5, 100.0]])
+    return roots[..., None] * torch.tensor([1.0, -1.0]), torch.zeros(2, 3, 2), torch.tensor([[1, 1, 1], [1, 1, 0]])
+
+
+def test_token_loss_is_a_questions_mean_counted_once_for_each_pair(tokens):
+    """By hand: questions differ by 14/3 and 5, asked once and twice, of seven pairs in the step; on two ranks alike."""
+    assert token_loss(*tokens, torch.tensor([1, 0, 1]), 7).item() == pytest.approx((5 + 14 / 3 + 5) / 7)
+    second = [part[1:] for part in tokens]
+    shares = [token_loss(*tokens, torch.tensor([1, 0]), 7), token_loss(*second, torch.tensor([0]), 7)]
+    assert sum(shares).item() == pytest.approx((5 + 14 / 3 + 5) / 7)
+
+
+def test_token_loss_sees_no_padding(tokens):
+    ours, theirs, mask = tokens
+    longer = [torch.cat([part, torch.full((2, 4, 2), value)], 1) for part, value in ((ours, 1e9), (theirs, 7.0))]
+    longer[0].requires_grad_()
+    index = torch.tensor([1, 0, 1])
+    loss = token_loss(*longer, torch.cat([mask, torch.zeros(2, 4, dtype=int)], 1), index, 7)
+    loss.backward()
+    assert loss.item() == token_loss(*tokens, index, 7).item()
+    assert longer[0].grad[0, 2].all() and not longer[0].grad[:, 3:].any() and not longer[0].grad[1, 2].any()

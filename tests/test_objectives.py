@@ -21,10 +21,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def objective_of(tiny_profile, untrained_teacher, source, one_rank):
-    """Gives a function from weights of the three terms to a student's objective, and maybe another rank."""
+    """Gives a function from weights of the terms to a student's objective, and maybe another rank."""
 
-    def make(alpha: float, feature_weight: float, role: str = "student", rank: Rank = one_rank) -> Distillation:
-        terms = {"temperature": 2.0, "alpha": alpha, "feature_weight": feature_weight}
+    def make(alpha: float, features: float, tokens: float, role="student", rank: Rank = one_rank) -> Distillation:
+        terms = {"temperature": 2.0, "alpha": alpha, "feature_weight": features, "token_weight": tokens}
         torch.manual_seed(0)
         return Distillation(tiny_profile.run(role, distilled=True, distillation=terms), source, rank)
 
@@ -38,7 +38,7 @@ def step_loss(objective, part: slice = slice(None)) -> torch.Tensor:
 
 
 def test_without_the_teachers_terms_the_loss_is_that_of_the_labels(objective_of):
-    objective = objective_of(alpha=0.0, feature_weight=0.0)
+    objective = objective_of(alpha=0.0, features=0.0, tokens=0.0)
     batch = objective.train_split.batch(IMAGES, FLIPS)
     objective.model.eval()
     expected = answer_loss(objective.model(**batch.inputs()), batch.labels, len(batch))
@@ -46,18 +46,25 @@ def test_without_the_teachers_terms_the_loss_is_that_of_the_labels(objective_of)
 
 
 def test_terms_add_up_with_their_weights(objective_of):
-    hard, soft, hard_features = (
-        step_loss(objective_of(*terms)).item() for terms in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+    hard, soft, features, tokens = (
+        step_loss(objective_of(*terms)).item()
+        for terms in ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     )
-    whole = step_loss(objective_of(alpha=0.3, feature_weight=2.0)).item()
-    assert whole == pytest.approx(0.3 * soft + 0.7 * hard + 2 * (hard_features - hard), rel=1e-5)
-    assert min(hard, soft, hard_features - hard) > 1e-3
+    whole = step_loss(objective_of(alpha=0.3, features=2.0, tokens=3.0)).item()
+    assert whole == pytest.approx(0.3 * soft + 0.7 * hard + 2 * (features - hard) + 3 * (tokens - hard), rel=1e-5)
+    assert min(hard, soft, features - hard, tokens - hard) > 1e-3
 
 
 def test_a_student_with_its_teachers_weights_has_nothing_to_learn(objective_of, untrained_teacher):
-    """Measured: loss 1e-9, largest gradient 2e-8."""
-    objective = objective_of(alpha=1.0, feature_weight=0.0, role="teacher")
+    """Its own answers, and its own tokens through the projection that standardises them as the teacher's are."""
+    objective = objective_of(alpha=1.0, features=0.0, tokens=1.0, role="teacher")
     objective.model.load_state_dict(load_vqa_model(untrained_teacher.folder / "model").state_dict())
+    centre, spread, projection = (
+        objective.targets.centre[2],
+        objective.targets.spread[2],
+        objective.network.token_projection,
+    )
+    projection.load_state_dict({"weight": torch.diag(1 / spread), "bias": -centre / spread})
     loss = step_loss(objective)
     loss.backward()
     assert abs(loss.item()) < 1e-6
@@ -66,27 +73,39 @@ def test_a_student_with_its_teachers_weights_has_nothing_to_learn(objective_of, 
 
 def test_shares_of_two_ranks_make_the_loss_of_one(objective_of):
     """DDP takes the mean over ranks. Images of unequal numbers of questions, as they come."""
-    whole = step_loss(objective_of(0.7, 1.0)).item()
+    whole = step_loss(objective_of(0.7, 1.0, 1.0)).item()
     shares = [
-        step_loss(objective_of(0.7, 1.0, rank=Rank(rank, rank, 2, CPU)), part=part).item()
+        step_loss(objective_of(0.7, 1.0, 1.0, rank=Rank(rank, rank, 2, CPU)), part=part).item()
         for rank, part in enumerate((slice(0, 8), slice(8, 16)))
     ]
     assert sum(shares) / 2 == pytest.approx(whole, rel=1e-5)
 
 
 def test_alone_or_distilled_a_seed_starts_from_the_same_weights(objective_of, tiny_profile, source, one_rank):
-    taught = objective_of(0.7, 1.0).model.state_dict()
+    taught = objective_of(0.7, 1.0, 1.0).model.state_dict()
     torch.manual_seed(0)
     alone = Answers(tiny_profile.run("student"), source, one_rank).model.state_dict()
     assert taught.keys() == alone.keys() and all(value.equal(alone[name]) for name, value in taught.items())
 
 
 def test_the_optimizer_has_the_student_and_its_projections_but_not_the_teacher(objective_of, tiny_profile, one_rank):
-    objective = objective_of(0.7, 1.0)
+    objective = objective_of(0.7, 1.0, 1.0)
     trainer = Trainer(tiny_profile.run("student", distilled=True), objective, one_rank)
     moved = {p for group in trainer.optimizer.param_groups for p in group["params"]}
-    projections = {*objective.network.image_projection.parameters(), *objective.network.text_projection.parameters()}
-    assert moved == set(objective.model.parameters()) | projections and len(projections) == 4
+    projections = {p for name, p in objective.network.named_parameters() if "projection" in name}
+    assert moved == set(objective.network.parameters()) == set(objective.model.parameters()) | projections
+    assert len(projections) == 6
+
+
+def test_an_heir_reads_as_its_teacher_from_the_start(tiny_profile, untrained_teacher, source, one_rank):
+    """All layers of the teacher's are taken here: the text towers say the same, the rest of the student is its own."""
+    changes = {"model__text_encoder__width": 32, "distillation__inherit_text": True}
+    heir = Distillation(tiny_profile.run("student", distilled=True, **changes), source, one_rank)
+    teacher = load_vqa_model(untrained_teacher.folder / "model")
+    batch = heir.train_split.batch(IMAGES)
+    with torch.no_grad():
+        ours, theirs = (model.eval().towers(batch)[1] for model in (heir.model, teacher))
+    assert (ours.tokens - theirs.tokens).abs().max() < 1e-5 and heir.model.config.text_encoder.kind == "distilbert"
 
 
 def test_a_distilled_run_keeps_a_plain_student_and_names_its_teacher(

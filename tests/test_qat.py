@@ -61,6 +61,7 @@ def test_fine_tuning_is_the_same_on_one_rank_and_on_two(trained, tiny_profile):
         "aligned": False,
         "teacher": trained["alone"].config.model_dump(),
         "distillation__feature_weight": 0.0,
+        "distillation__token_weight": 0.0,
     }
     configs = [tiny_profile.run("teacher", launch__world_size=ranks, **taught) for ranks in (1, 2)]
     runs = launch([Run(BenchmarkConfig(kind="qat", run=run, steps=2), "vqa.benchmark") for run in configs], at_once=2)

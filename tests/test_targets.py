@@ -11,7 +11,7 @@ import torch
 from vqa import runs, targets
 from vqa.batches import VIEWS, EpochPlan, train_tokenizer
 from vqa.config import ConfigError, RunConfig
-from vqa.losses import feature_loss, soft_target_loss
+from vqa.losses import feature_loss, soft_target_loss, token_loss
 from vqa.models import load_vqa_model, vqa_model
 from vqa.objectives import split_for
 from vqa.runs import RunError
@@ -41,11 +41,19 @@ def test_the_cache_says_what_the_teacher_would_say(student, split, untrained_tea
     for batch in plan.micro_batches(0, split, 0, 1, 2):
         with torch.no_grad():
             online = cached.standardised(teacher.read(**batch.inputs()))
-        for ours, theirs in zip(cached.of(batch), online, strict=True):
+        own = batch.attention_mask[..., None]
+        said = [answer._replace(tokens=answer.tokens * own) for answer in (cached.of(batch), online)]
+        for ours, theirs in zip(*said, strict=True):
             assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
-        logits, features = torch.randn(len(batch), 13), torch.randn_like(online.image)
+        logits, features, tokens = (
+            torch.randn(len(batch), 13),
+            torch.randn_like(online.image),
+            torch.randn_like(online.tokens),
+        )
         losses = [
-            soft_target_loss(logits, said.logits, 2.0, 9) + feature_loss(features, said.image, batch.image_index, 9)
+            soft_target_loss(logits, said.logits, 2.0, 9)
+            + feature_loss(features, said.image, batch.image_index, 9)
+            + token_loss(tokens, said.tokens, batch.attention_mask, batch.question_index, 9)
             for said in (cached.of(batch), online)
         ]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
@@ -58,11 +66,13 @@ def test_views_differ_so_that_a_wrong_one_would_be_found(student, split):
     assert min(gaps) > 1e-3 * said.logits.std()
 
 
-def test_summaries_are_standardised_over_the_split(student, split):
+def test_features_are_standardised_over_the_split(student, split):
+    """Tokens over those that questions have: padding, of which the cache says zero, would shift them."""
     cached = targets_of(student, split)
     everything = cached.standardised(cached.said)
-    for part in (everything.image, everything.text):
-        flat = part.flatten(0, -2)
+    padding = split.attention_mask == 0
+    assert padding.any() and not cached.said.tokens[padding].any()
+    for flat in (everything.image.flatten(0, -2), everything.text, everything.tokens[~padding]):
         assert flat.mean(0).abs().max() < 1e-4 and flat.std(0) == pytest.approx(1, abs=1e-3)
 
 

@@ -143,6 +143,8 @@ class DistillationConfig(Section):
     temperature: Temperature  # of both models' answers where they are compared
     alpha: Fraction  # weight of the teacher's answers; the labels have the rest
     feature_weight: Annotated[float, Field(ge=0)]  # of both towers' summaries, through projections
+    token_weight: Annotated[float, Field(ge=0)]  # of the question's tokens, through a projection
+    inherit_text: bool = False  # start the text tower from layers of the teacher's, as DistilBERT does
 
 
 class DistillationStudyConfig(Section):
@@ -153,6 +155,7 @@ class DistillationStudyConfig(Section):
     epochs: Positive
     temperatures: list[Temperature]  # all of them with all of alphas
     alphas: list[Fraction]
+    inheritance: bool = False  # whether a student that inherits its text tower is trained as well
 
 
 class LaunchConfig(Section):
@@ -205,6 +208,26 @@ class RunConfig(Section):
                 raise ValueError(f"the teacher was trained with data.{key} {theirs}, the student with {ours}")
         if "unified_decoder" in (self.model.fusion.kind, self.teacher.model.fusion.kind):
             raise ValueError("distillation compares two towers' summaries, and a unified_decoder has one tower")
+        if self.distillation.inherit_text:
+            self._check_inheritance()
+
+    def _check_inheritance(self) -> None:
+        ours, theirs = self.model.text_encoder, self.teacher.model.text_encoder
+        if (ours.kind, theirs.kind) != ("distilbert", "bert"):
+            raise ValueError(
+                f"distillation.inherit_text makes a distilbert of a bert, not a {ours.kind} of a {theirs.kind}"
+            )
+        for key in ("width", "heads"):
+            if getattr(ours, key) != getattr(theirs, key):
+                raise ValueError(
+                    f"distillation.inherit_text needs text towers of equal {key}: the teacher's has "
+                    f"{getattr(theirs, key)}, the student's {getattr(ours, key)}"
+                )
+        if ours.layers > theirs.layers:
+            raise ValueError(
+                f"distillation.inherit_text cannot take {ours.layers} layers from a teacher's text tower "
+                f"of {theirs.layers}"
+            )
 
     @property
     def kind(self) -> str:

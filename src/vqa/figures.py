@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GREYS = ("0.15", "0.5", "0.75", "0.9")
 HATCHES = ("", "//", "..", "xx")
-MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 SHOWN_ANSWERS = 25  # the commonest, where there are more
 FIGURES: dict[str, Callable[["Report"], Figure]] = {}
 

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from vqa.report import Report
 
 LINES = ("-", "--", ":", "-.")
-TERMS = ["temperature", "alpha", "feature_weight"]
+TERMS = ["temperature", "alpha", "feature_weight", "token_weight"]
+REMOVED = {
+    "without soft targets": {"alpha": 0.0},
+    "without labels": {"alpha": 1.0},
+    "without features": {"feature_weight": 0.0},
+    "without tokens": {"token_weight": 0.0},
+}
 UNDERSTOOD = {
     "image_swap_changed": "image swapped:\nchanges when it must",
     "image_swap_kept": "image swapped:\nstays when it must",
@@ -33,6 +39,8 @@ def students(report: "Report") -> pd.DataFrame:
     for record in report.records():
         if not record.answers() or record.config["role"] != "student" or record.config["parent"]:
             continue
+        if record.config["model"] != report.profile.models["student"].model_dump():
+            continue
         right = next(
             row for row in record.rows(report.profile) if (row["metric"], row["split"]) == ("accuracy", "test")
         )
@@ -48,9 +56,7 @@ def _way(report: "Report", taught: dict[str, float]) -> str:
     ways = {
         "alone": dict.fromkeys(TERMS, np.nan),
         "distilled": usual,
-        "without soft targets": usual | {"alpha": 0.0},
-        "without labels": usual | {"alpha": 1.0},
-        "without features": usual | {"feature_weight": 0.0},
+        **{way: usual | change for way, change in REMOVED.items()},
     }
     return next((way for way, terms in ways.items() if _same(terms, taught)), "other")
 
@@ -67,10 +73,10 @@ def headline(report: "Report") -> pd.DataFrame:
 
 @figure
 def distillation_terms(report: "Report") -> Figure:
-    """Test accuracy of the student alone, distilled, and distilled without each of the three terms, a mark a seed."""
+    """Test accuracy of the student alone, distilled, and distilled without each of the four terms, a mark a seed."""
     table = headline(report)
-    ways = ["alone", "distilled", "without soft targets", "without labels", "without features"]
-    made, axis = pyplot.subplots(figsize=(9, 3.8))
+    ways = ["alone", "distilled", *REMOVED]
+    made, axis = pyplot.subplots(figsize=(10, 3.8))
     for place, way in enumerate(ways):
         own = table[table["way"] == way]
         at = place + np.linspace(-0.1, 0.1, len(own)) if len(own) > 1 else [place]
@@ -101,7 +107,8 @@ def distillation_sweep(report: "Report") -> Figure:
     """Test accuracy against temperature, a panel for each weight of the soft targets."""
     table = headline(report)
     usual = report.profile.distillation
-    swept = table[(table["feature_weight"] == usual.feature_weight) & table["alpha"].between(0, 1, inclusive="neither")]
+    features = (table["feature_weight"] == usual.feature_weight) & (table["token_weight"] == usual.token_weight)
+    swept = table[features & table["alpha"].between(0, 1, inclusive="neither")]
     alphas = sorted(swept["alpha"].unique())
     made, axes = pyplot.subplots(1, len(alphas), figsize=(3 + 2.6 * len(alphas), 3.4), sharey=True, squeeze=False)
     alone = table.loc[table["way"] == "alone", "value"].mean()

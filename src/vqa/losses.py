@@ -38,6 +38,18 @@ def feature_loss(features: torch.Tensor, teacher: torch.Tensor, index: torch.Ten
     return (features.float() - teacher.float()).square().mean(-1)[index].sum() / global_count
 
 
+def token_loss(
+    tokens: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, global_count: int
+) -> torch.Tensor:
+    """As feature_loss, `tokens` and `teacher` (B, T, D): of each row the mean over the tokens that `mask` (B, T) keeps.
+
+    Every question weighs the same, however long it is and however far its batch is padded.
+    """
+    difference = (tokens.float() - teacher.float()).square().mean(-1)  # (B, T)
+    kept = mask.bool()
+    return (difference.where(kept, 0).sum(1) / kept.sum(1))[index].sum() / global_count
+
+
 def contrastive_loss(
     images: torch.Tensor,
     captions: torch.Tensor,

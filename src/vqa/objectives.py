@@ -21,9 +21,9 @@ from vqa.batches import Batch, Split, train_tokenizer
 from vqa.config import RunConfig
 from vqa.distributed import Rank, from_main, gather_rows, stop_if_asked
 from vqa.evaluate import records
-from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss
+from vqa.losses import answer_loss, contrastive_loss, feature_loss, soft_target_loss, token_loss
 from vqa.metrics import BlindBaseline, accuracy_results, recall_results
-from vqa.models import vqa_model
+from vqa.models import load_vqa_model, vqa_model
 from vqa.models.encoders import pretrained_tokenizer
 from vqa.models.vqa_model import AlignmentModel, Reading, TwoTowers, VQAModel
 from vqa.runs import Result, Run
@@ -107,15 +107,18 @@ class Alignment:
 
 
 class Distillation(Answers):
-    """Answer questions as the teacher does: its soft answers, its summaries, and the labels.
+    """Answer questions as the teacher does: its soft answers, its summaries, its tokens, and the labels.
 
-    alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy + feature_weight (image + text difference).
+    alpha T² KL(teacher ‖ student) + (1 - alpha) cross-entropy + feature_weight (image + text difference)
+    + token_weight (difference of the question's tokens). Image tokens lie on the towers' own grids and do not match.
     """
 
     def __init__(self, config: RunConfig, source: sources.Source, rank: Rank):
         super().__init__(config, source, rank)
         self.weights = config.distillation
         self.targets = Targets(config, self.train_split, source.fingerprint, rank.device)
+        if self.weights.inherit_text:
+            self.model.text_encoder.inherit(load_vqa_model(Run(config.teacher).folder / "model").text_encoder)
         self.network = Pupil(self.model, *self.targets.widths)
 
     def loss(self, network: Callable, batch: Batch, images: np.ndarray) -> torch.Tensor:
@@ -126,7 +129,9 @@ class Distillation(Answers):
         hard = answer_loss(ours.logits, batch.labels, pairs)
         image = feature_loss(ours.image, theirs.image, batch.image_index, pairs)
         text = feature_loss(ours.text, theirs.text, batch.question_index, pairs)
-        total = weights.alpha * soft + (1 - weights.alpha) * hard + weights.feature_weight * (image + text)
+        tokens = token_loss(ours.tokens, theirs.tokens, batch.attention_mask, batch.question_index, pairs)
+        total = weights.alpha * soft + (1 - weights.alpha) * hard
+        total = total + weights.feature_weight * (image + text) + weights.token_weight * tokens
         return total * self.rank.world_size  # DDP will divide: the sum over ranks is meant
 
     def finish(self, run: Run) -> list[Result]:
@@ -137,17 +142,19 @@ class Distillation(Answers):
 
 
 class Pupil(nn.Module):
-    """A student while it is taught: projections put its summaries beside its teacher's, and are dropped afterwards."""
+    """A student while it is taught: projections put its features beside its teacher's, and are dropped afterwards."""
 
     def __init__(self, student: VQAModel, image_width: int, text_width: int):
         super().__init__()
         self.student = student
         self.image_projection = nn.Linear(student.image_encoder.width, image_width)
         self.text_projection = nn.Linear(student.text_encoder.width, text_width)
+        self.token_projection = nn.Linear(student.text_encoder.width, text_width)
 
     def forward(self, **inputs: torch.Tensor) -> Reading:
         said = self.student.read(**inputs)
-        return Reading(said.logits, self.image_projection(said.image), self.text_projection(said.text))
+        image, text = self.image_projection(said.image), self.text_projection(said.text)
+        return Reading(said.logits, image, text, self.token_projection(said.tokens))
 
 
 OBJECTIVES = {"answers": Answers, "alignment": Alignment, "distillation": Distillation}

@@ -22,6 +22,16 @@ from vqa.config import ConfigError, ImageEncoderConfig, TextEncoderConfig
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's ResNets
 WAIT_SECONDS = 5  # for a server to answer
 HALF = (0.5, 0.5, 0.5)  # ViT (Dosovitskiy et al. 2021): pixels to [-1, 1]
+BERT_TO_DISTILBERT = {  # the library's names for the parts of one layer
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
 
 
 class Features(NamedTuple):
@@ -178,6 +188,16 @@ class DistilBertEncoder(BertEncoder):
         self.text = _build(transformers.DistilBertModel, shape, config)
         self.width = config.width
 
+    def inherit(self, teacher: BertEncoder) -> None:
+        """Start from `teacher`: its embeddings and layers 0, s, 2s, …, where s is how often our depth goes into its.
+
+        A teacher twice as deep gives every other layer (https://arxiv.org/abs/1910.01108, section 3). Widths, heads
+        and vocabulary must be equal.
+        """
+        depth, theirs = self.text.config.n_layers, teacher.text.config.num_hidden_layers
+        layers = [layer * (theirs // depth) for layer in range(depth)]
+        self.text.load_state_dict(from_bert(teacher.text.state_dict(), layers))
+
 
 def image_encoder(config: ImageEncoderConfig, image_size: int, dropout: float) -> nn.Module:
     return ResNet18Encoder(config) if config.kind == "resnet18" else ViTEncoder(config, image_size, dropout)
@@ -186,6 +206,23 @@ def image_encoder(config: ImageEncoderConfig, image_size: int, dropout: float) -
 def text_encoder(config: TextEncoderConfig, vocabulary: int, dropout: float) -> nn.Module:
     kinds = {"bert": BertEncoder, "distilbert": DistilBertEncoder}
     return kinds[config.kind](config, vocabulary, dropout)
+
+
+def from_bert(state: dict[str, torch.Tensor], layers: list[int]) -> dict[str, torch.Tensor]:
+    """The embeddings and `layers` of a BertModel's weights, under the names of transformers' DistilBertModel.
+
+    DistilBERT has no token types: that of a first sentence, which BERT adds at every position, goes into the positions.
+    """
+    embeddings = "embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight", "embeddings.LayerNorm.bias"
+    renamed = {name: state[name] for name in embeddings}
+    positions, types = (state[f"embeddings.{kind}_embeddings.weight"] for kind in ("position", "token_type"))
+    renamed["embeddings.position_embeddings.weight"] = positions + types[0]
+    for place, layer in enumerate(layers):
+        for theirs, ours in BERT_TO_DISTILBERT.items():
+            for part in ("weight", "bias"):
+                source = state[f"encoder.layer.{layer}.{theirs}.{part}"]
+                renamed[f"transformer.layer.{place}.{ours}.{part}"] = source
+    return renamed
 
 
 def from_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

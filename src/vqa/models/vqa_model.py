@@ -69,6 +69,7 @@ class Reading(NamedTuple):
     logits: torch.Tensor  # (N, A)
     image: torch.Tensor  # (I, D) the image tower's summaries
     text: torch.Tensor  # (U, D) the text tower's
+    tokens: torch.Tensor  # (U, T, D) what the text tower says of each token, padding included
 
 
 class VQAModel(TwoTowers):
@@ -97,11 +98,11 @@ class VQAModel(TwoTowers):
         attention_mask: torch.Tensor,  # (U, T)
         question_index: torch.Tensor,  # (N,)
     ) -> "Reading":
-        """The scores with the towers' summaries, for a student to learn from or by."""
+        """The scores with the towers' summaries and the question's tokens, for a student to learn from or by."""
         image = self.image_encoder(pixel_values)  # (I, P, D), (I, D)
         text = self.text_encoder(input_ids, attention_mask)  # (U, T, D), (U, D)
         joint = self.fusion(image, text, attention_mask, image_index, question_index)  # (N, D)
-        return Reading(self.answer_head(joint), image.pooled, text.pooled)
+        return Reading(self.answer_head(joint), image.pooled, text.pooled, text.tokens)
 
     @torch.no_grad()
     def towers(self, batch: Batch) -> tuple[Features, Features]:
