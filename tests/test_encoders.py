@@ -143,7 +143,7 @@ def test_a_questions_summary_is_the_mean_of_its_tokens_whatever_pads_it(kind):
 
 @pytest.mark.parametrize(("depth", "chosen"), [(6, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 4]), (2, [0, 3])])
 def test_an_heir_of_alternate_layers_reads_as_the_bert_that_has_no_others(depth, chosen):
-    """The judge is BERT itself with the other layers taken out; every weight, biases too, is random. Measured: 1e-6."""
+    """The judge is BERT itself with the other layers taken out; every weight, biases too, is random."""
     torch.manual_seed(0)
     bert, heir = tower("bert", **TINY | {"layers": 6}).eval(), tower("distilbert", **TINY | {"layers": depth}).eval()
     with torch.no_grad():
