@@ -2,7 +2,6 @@ import itertools
 import re
 import shutil
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -139,19 +138,18 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, monkeypatch, tiny_profi
 
 
 def test_arms_take_turns_and_settle_first(monkeypatch):
-    """An arm that takes 1 ms runs until 20 ms have passed, then once more; one that takes 30 ms runs twice."""
-    order = []
+    """By a clock that only calls move: 9 ms a call settle in three calls, then one is timed; 200 ms in one."""
+    order, clock = [], [0.0]
 
     def work(name: str, seconds: float) -> None:
         order.append(name)
-        time.sleep(seconds)
+        clock[0] += seconds
 
+    monkeypatch.setattr(quantize.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(quantize, "SETTLING_SECONDS", 0.02)
-    seconds = interleaved({"quick": lambda: work("quick", 0.001), "slow": lambda: work("slow", 0.03)}, {}, rounds=2)
-    turns = [(name, len(list(calls))) for name, calls in itertools.groupby(order)]
-    assert [name for name, _ in turns] == ["quick", "slow"] * 2
-    assert all(calls == 2 if name == "slow" else 2 < calls <= 21 for name, calls in turns)
-    assert all(len(spent) == 2 for spent in seconds.values()) and min(seconds["slow"]) > 0.03
+    seconds = interleaved({"quick": lambda: work("quick", 0.009), "slow": lambda: work("slow", 0.2)}, {}, rounds=2)
+    assert [(name, len(list(calls))) for name, calls in itertools.groupby(order)] == [("quick", 4), ("slow", 2)] * 2
+    assert seconds["quick"] == pytest.approx([0.009] * 2) and seconds["slow"] == pytest.approx([0.2] * 2)
 
 
 def test_a_pair_alone_gets_the_answer_it_gets_among_others(deployed, source):
