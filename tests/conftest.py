@@ -157,3 +157,35 @@ def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield one_rank()
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """64 x 64, all pixels different in hue from left to right, and darker to the bottom."""
+    import numpy as np
+    from PIL import Image
+
+    across, down = np.meshgrid(np.arange(64), np.arange(64))
+    pixels = np.stack([4 * across, 255 - 4 * across, 255 - 3 * down], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def train_here(one_rank, tmp_path, monkeypatch):
+    """Gives a function that trains a RunConfig in this process, its run folder at a place of its own."""
+    import torch
+
+    from vqa import runs
+    from vqa import train as training
+
+    def train(config: RunConfig, place: str = "") -> runs.Run:
+        monkeypatch.setattr(runs, "RUNS", tmp_path / place)
+        run = runs.Run(config)
+        with run.writing():
+            training.train(config, run, one_rank)
+        return run
+
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    yield train
+    torch.use_deterministic_algorithms(False)

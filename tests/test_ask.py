@@ -52,15 +52,6 @@ def folder(deployed, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def photo(tmp_path):
-    """64 x 64, all pixels different in hue from left to right, and darker to the bottom."""
-    across, down = np.meshgrid(np.arange(64), np.arange(64))
-    pixels = np.stack([4 * across, 255 - 4 * across, 255 - 3 * down], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
 def run(*arguments, code=None, cwd=None, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *(["-c", code] if code else ["-m", "vqa.ask"]), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=os.environ | environment)

@@ -7,15 +7,6 @@ from PIL import Image
 from vqa.images import ImageError, decode, read_image
 
 
-@pytest.fixture
-def photo(tmp_path):
-    """64 x 64, all pixels different in hue from left to right, and darker to the bottom."""
-    across, down = np.meshgrid(np.arange(64), np.arange(64))
-    pixels = np.stack([4 * across, 255 - 4 * across, 255 - 3 * down], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return tmp_path / "photo.png"
-
-
 def test_images_of_every_kind_look_alike(photo):
     plain = read_image(photo, 64).astype(int)
     image = Image.open(photo)

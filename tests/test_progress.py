@@ -7,30 +7,14 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-import torch
 
-from vqa import checkpoint, objectives, runs
+from vqa import checkpoint, objectives
 from vqa import train as training
 from vqa.checkpoint import CheckpointError
 from vqa.runs import Run
 from vqa.train import Trainer, TrainingError
 
 WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
-
-
-@pytest.fixture
-def train_in(one_rank, tmp_path, monkeypatch):
-    """Gives a function that trains a RunConfig in this process, in a folder of its own."""
-
-    def train(config, place: str) -> Run:
-        monkeypatch.setattr(runs, "RUNS", tmp_path / place)
-        run = Run(config)
-        with run.writing():
-            training.train(config, run, one_rank)
-        return run
-
-    yield train
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -60,14 +44,14 @@ def config_of(tiny_profile, kind: str):
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(kind, stop, tiny_profile, train_in, signal_at):
+def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(kind, stop, tiny_profile, train_here, signal_at):
     """Of two epochs of four steps; stop 4 falls between an epoch's last step and its validation."""
     config = config_of(tiny_profile, kind)
-    undisturbed = train_in(config, "undisturbed")
+    undisturbed = train_here(config, "undisturbed")
     signal_at(stop)
     with pytest.raises(TrainingError, match=f"^stopped by a signal; start again to go on from step-{stop}$"):
-        train_in(config, "stopped")
-    stopped = train_in(config, "stopped")
+        train_here(config, "stopped")
+    stopped = train_here(config, "stopped")
     for name in ("model/model.safetensors", "checkpoints/best.safetensors"):
         assert checkpoint.sha256(stopped.folder / name) == checkpoint.sha256(undisturbed.folder / name)
     pd.testing.assert_frame_equal(stopped.predictions(), undisturbed.predictions())
@@ -93,20 +77,20 @@ def test_a_pupil_goes_on_with_its_projections(tiny_profile, untrained_teacher, o
     assert train() == undisturbed
 
 
-def test_patience_is_remembered(tiny_profile, train_in, signal_at):
+def test_patience_is_remembered(tiny_profile, train_here, signal_at):
     """At a rate that changes nothing the first epoch stays the best; the stop comes in the last epoch taken."""
     config = tiny_profile.run("teacher", train__epochs=9, train__lr=1e-12, train__patience=2)
     signal_at(10)
     with pytest.raises(TrainingError):
-        train_in(config, "stopped")
-    run = train_in(config, "stopped")
+        train_here(config, "stopped")
+    run = train_here(config, "stopped")
     assert run.metrics()["validation"].count() == 3
 
 
-def test_a_stop_in_the_last_evaluation_keeps_the_last_checkpoint(tiny_profile, train_in, monkeypatch):
+def test_a_stop_in_the_last_evaluation_keeps_the_last_checkpoint(tiny_profile, train_here, monkeypatch):
     """By then the model holds the best weights, which must not be saved as those to train on."""
     config = tiny_profile.run("teacher")
-    undisturbed = train_in(config, "undisturbed")
+    undisturbed = train_here(config, "undisturbed")
     finish = objectives.Answers.finish
 
     def signalled(objective, run):
@@ -115,21 +99,21 @@ def test_a_stop_in_the_last_evaluation_keeps_the_last_checkpoint(tiny_profile, t
 
     monkeypatch.setattr(objectives.Answers, "finish", signalled)
     with pytest.raises(TrainingError, match=r"go on from step-8$"):
-        train_in(config, "stopped")
+        train_here(config, "stopped")
     weights = Run(config).folder / "checkpoints" / "step-8" / "weights.safetensors"
     before = checkpoint.sha256(weights)
     monkeypatch.setattr(objectives.Answers, "finish", finish)
     assert checkpoint.sha256(weights) == before
-    stopped = train_in(config, "stopped")
+    stopped = train_here(config, "stopped")
     pd.testing.assert_frame_equal(stopped.predictions(), undisturbed.predictions())
 
 
-def test_other_data_is_refused(tiny_profile, train_in, signal_at, monkeypatch):
+def test_other_data_is_refused(tiny_profile, train_here, signal_at, monkeypatch):
     config = config_of(tiny_profile, "teacher")
     signal_at(2)
     with pytest.raises(TrainingError):
-        train_in(config, "stopped")
+        train_here(config, "stopped")
     load = training.load_data
     monkeypatch.setattr(training, "load_data", lambda *given: replace(load(*given), fingerprint="other"))
     with pytest.raises(CheckpointError, match=r"step-2 belongs to data .*, not other: remove .* to start anew$"):
-        train_in(config, "stopped")
+        train_here(config, "stopped")

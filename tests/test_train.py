@@ -44,21 +44,6 @@ def trainer_of(source, one_rank):
     return make
 
 
-@pytest.fixture
-def train_here(one_rank, tmp_path, monkeypatch):
-    """Gives a function that trains a RunConfig in this process, its run folder at a place of its own."""
-    monkeypatch.setattr(runs, "RUNS", tmp_path)
-
-    def train(config) -> Run:
-        run = Run(config)
-        with run.writing():
-            training.train(config, run, one_rank)
-        return run
-
-    yield train
-    torch.use_deterministic_algorithms(False)
-
-
 def test_the_same_config_gives_the_same_bits_again(trained, train_here, tmp_path):
     """Once started by torchrun, once in this process: another process, another time, the same weights."""
     first, parent = trained["alone"], trained["aligned"]
