@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vqa.config import ROOT, ConfigError, LaunchConfig, load_profile, parse_overrides, save_yaml
-from vqa.distributed import AGENT, check_devices
+from vqa.distributed import check_devices
 from vqa.launch import launch
 from vqa.runs import RUNS, Run
 
