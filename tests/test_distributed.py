@@ -19,6 +19,7 @@ import torch
 from vqa.config import ROOT, ConfigError, LaunchConfig, load_profile, parse_overrides, save_yaml
 from vqa.distributed import check_devices
 from vqa.launch import launch
+from vqa.orphans import AGENT
 from vqa.runs import RUNS, Run
 
 TWO_RANKS = LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)
