@@ -77,8 +77,10 @@ def process_group(launch: LaunchConfig) -> Iterator[Rank]:
     else:
         device, backend = torch.device("cpu"), "gloo"
     store, _, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    # torchrun keeps one store through all restarts: without a prefix a new gang meets the addresses of the dead one.
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # One store through all restarts: without a prefix a new gang would meet the addresses of the dead one. (Where
+        # every gang has a store of its own it needs none, and an agent that joined late counts restarts anew.)
+        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         yield Rank(rank, local_rank, world_size, device)
