@@ -608,7 +608,7 @@ def _bad_image(random: np.random.Generator, spoil: Callable[[Path], object]) -> 
             easy_vqa.package_data = lambda: data
             easy_vqa.fingerprint = lambda: "spoiled"
 
-        return 0, _refused(Job(place, plant=plant), f"error: 1 of [45]000 images are .*{path}")
+        return 0, _refused(Job(place, plant=plant), f"error: 1 of [14]000 images are .*{path}")
 
 
 def hub_offline(random: np.random.Generator, trial: int) -> Outcome:
