@@ -624,10 +624,12 @@ def hub_offline(random: np.random.Generator, trial: int) -> Outcome:
 
 
 CELL = """
+import os
 from pathlib import Path
 from vqa import runs
 from vqa.launch import launch
 runs.RUNS = Path({root!r})
+os.environ["VQA_RUNS"] = {root!r}  # the ranks' own
 launch(runs.Run.open(Path({folder!r})))
 """
 
