@@ -64,7 +64,7 @@ def test_the_folder_answers_as_evaluate_does(deployed, run, source, one_rank, tm
     answers = np.array([answerer.top(row)[0][0] for row in rows])
     second, best = np.sort(all_logits(quantize.eager(model), split)[:200])[:, -2:].T
     clear = best - second >= margin
-    assert clear.sum() > 40
+    assert clear.sum() > 25
     assert (answers == expected["prediction"].to_numpy())[clear].mean() >= (1.0 if precision == "fp32" else 0.95)
     assert np.abs(rows.max(-1) - expected["confidence"].to_numpy()).max() < tolerance
 
