@@ -50,7 +50,8 @@ class CrossAttentionFusion(nn.Module):
     The pairs of one image stand in one row of queries, so its keys and values are projected once
     and read in place: nothing of the image is copied per pair. Up to the first look at an image a
     question is worked on once, however many images it is asked about. Pre-norm transformer layers
-    as in https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens.
+    as in https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens. With
+    `queries` "summary" the text tower's summary asks alone, one query a pair in place of T.
     """
 
     def __init__(self, config: FusionConfig, image_width: int, text_width: int):
