@@ -157,10 +157,12 @@ class Layer:
         self.among = self.tokens + within(normed, normed, normed, key_padding_mask=~self.mask)[0]
 
         weight = torch.cat([layer.cross_q.weight, layer.cross_kv.weight])
-        across = torch_attention(weight, torch.cat([layer.cross_q.bias, layer.cross_kv.bias]), layer.cross_out)
+        across = torch_attention(weight, torch.cat([layer.cross_q.bias, layer.cross_kv.bias]), nn.Linear(WIDTH, WIDTH))
+        across.out_proj.weight.data, across.out_proj.bias.data = torch.eye(WIDTH), torch.zeros(WIDTH)
         repeated = self.memory[IMAGE_INDEX]  # the image again for each of its pairs
         query = layer.cross_norm(self.among)
-        self.across, self.weights = across(query, repeated, repeated, average_attn_weights=False)
+        seen, self.weights = across(query, repeated, repeated, average_attn_weights=False)
+        self.across = layer.cross_out(layer.gate(query) * seen)
 
 
 @pytest.fixture
@@ -172,13 +174,13 @@ def case() -> Layer:
 @torch.inference_mode()
 def test_a_layer_is_pytorchs_attention_within_the_question_then_to_its_image(case):
     """Default tolerance (1.3e-6 relative, 1e-5 absolute): both are a handful of float32 sums over 8 numbers."""
-    tokens, query = case.layer.ask(case.tokens, case.mask)
-    torch.testing.assert_close(tokens, case.among)
+    asked = case.layer.ask(case.tokens, case.mask)
+    torch.testing.assert_close(asked.tokens, case.among)
     both = case.among + case.across
     expected = both + case.layer.feed_forward(both)
-    torch.testing.assert_close(case.layer(tokens, query, case.memory, case.rows), expected)
+    torch.testing.assert_close(case.layer(asked, case.memory, case.rows), expected)
     mean = torch.stack([row[mask].mean(0) for row, mask in zip(expected, case.mask, strict=True)])
-    torch.testing.assert_close(case.layer.summary(tokens, query, case.memory, case.rows, case.mask), mean)
+    torch.testing.assert_close(case.layer.summary(asked, case.memory, case.rows, case.mask), mean)
 
 
 @torch.inference_mode()
@@ -186,13 +188,13 @@ def test_the_weights_that_are_shown_are_the_weights_that_are_used(case):
     """They sum to one, are PyTorch's, and with values and output projection give what the layer adds."""
     layer, added = case.layer, []
     layer.cross_out.register_forward_hook(lambda _, __, output: added.append(output))
-    tokens, query = layer.ask(case.tokens, case.mask)
-    layer(tokens, query, case.memory, case.rows)
-    weights = layer.attention(query, case.memory, case.rows)  # (N, heads, T, P)
+    asked = layer.ask(case.tokens, case.mask)
+    layer(asked, case.memory, case.rows)
+    weights = layer.attention(asked.query, case.memory, case.rows)  # (N, heads, T, P)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     torch.testing.assert_close(weights, case.weights)
     values = layer.cross_kv(case.memory)[IMAGE_INDEX, :, WIDTH:].unflatten(-1, (HEADS, -1))  # (N, P, heads, D / heads)
-    looked_up = torch.einsum("nhtp,nphd->nthd", weights, values).flatten(2)
+    looked_up = asked.gate * torch.einsum("nhtp,nphd->nthd", weights, values).flatten(2)
     torch.testing.assert_close(nn.functional.linear(looked_up, layer.cross_out.weight, layer.cross_out.bias), added[0])
 
 
@@ -218,7 +220,7 @@ def test_keys_and_values_are_made_once_an_image_not_once_a_pair(tiny_profile, so
     model.eval()(**batch.inputs())
     assert len(batch) > IMAGES
     patches = model.image_encoder(batch.pixel_values).tokens.shape[1]
-    assert made == [(layer.cross_kv, (IMAGES, patches, model.fusion.width)) for layer in model.fusion.layers]
+    assert made == [(layer.cross_kv, (IMAGES, patches, layer.cross_kv.in_features)) for layer in model.fusion.layers]
 
 
 @pytest.mark.parametrize("image_index", [IMAGE_INDEX, torch.tensor([0, 0, 0]), torch.arange(IMAGES)], ids=str)

@@ -134,7 +134,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     patience: Positive | None = None  # epochs without a better validation before stopping
-    checkpoint_every_steps: Positive = 100  # to go on from after a stop; another follows every epoch's validation
+    checkpoint_every_steps: Positive = 100  # between two that a stop can go on from
 
 
 class DistillationConfig(Section):

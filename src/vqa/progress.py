@@ -152,8 +152,7 @@ class Progress:
         self.reporter.step(epoch, step, pairs, loss, norm)
         self.step_in_epoch = step + 1
         stop_if_asked(self.rank)
-        last = self.step_in_epoch == self.trainer.steps_per_epoch  # its checkpoint comes after the validation
-        if not last and self.trainer.schedule.last_epoch % self.trainer.config.train.checkpoint_every_steps == 0:
+        if self.step_in_epoch < self.trainer.steps_per_epoch and self._due:  # else after the validation
             self.save()
 
     def judged(self, score: float) -> None:
@@ -165,7 +164,12 @@ class Progress:
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         if self._no_better_for(patience := self.trainer.config.train.patience):
             self.reporter.say(f"no better validation for {patience} epochs: stopping")
-        self.save()
+        if self._due or self.over:
+            self.save()
+
+    @property
+    def _due(self) -> bool:
+        return self.trainer.schedule.last_epoch % self.trainer.config.train.checkpoint_every_steps == 0
 
     def _keep_best(self) -> None:
         """A kill before the next checkpoint does no harm: this file is then replaced by the older checkpoint's."""

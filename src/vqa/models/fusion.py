@@ -50,8 +50,9 @@ class CrossAttentionFusion(nn.Module):
     The pairs of one image stand in one row of queries, so its keys and values are projected once
     and read in place: nothing of the image is copied per pair. Up to the first look at an image a
     question is worked on once, however many images it is asked about. Pre-norm transformer layers
-    as in https://arxiv.org/abs/2002.04745; the summary is the mean of the question's tokens. With
-    `queries` "summary" the text tower's summary asks alone, one query a pair in place of T.
+    as in https://arxiv.org/abs/2002.04745; the mean of the question's tokens goes through one more
+    hidden layer. With `queries` "summary" the text tower's summary asks alone, one query a pair in
+    place of T.
     """
 
     def __init__(self, config: FusionConfig, image_width: int, text_width: int):
@@ -59,8 +60,8 @@ class CrossAttentionFusion(nn.Module):
         self.image_in = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, config.width))
         self.text_in = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, config.width))
         self.layers = nn.ModuleList(CrossAttentionLayer(config.width, config.heads) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.width, self.queries = config.width, config.queries
+        self.width, self.queries = 2 * config.width, config.queries
+        self.rest = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, self.width), nn.GELU())
 
     def forward(
         self,
@@ -71,15 +72,15 @@ class CrossAttentionFusion(nn.Module):
         question_index: torch.Tensor,
     ) -> torch.Tensor:
         asking, mask = self._asking(text, attention_mask)
-        tokens, query, memory, rows = self._up_to_last_look(image, asking, mask, image_index, question_index)
-        return self.norm(self.layers[-1].summary(tokens, query, memory, rows, mask[question_index]))  # (N, D)
+        asked, memory, rows = self._up_to_last_look(image, asking, mask, image_index, question_index)
+        return self.rest(self.layers[-1].summary(asked, memory, rows, mask[question_index]))  # (N, 2 D)
 
     @torch.no_grad()
     def look(self, image: Features, text: Features, batch: Batch) -> torch.Tensor:
         """Where the last layer looks: (N, heads, T, P), each token's weights over the image summing to one."""
         asking, mask = self._asking(text, batch.attention_mask)
-        _, query, memory, rows = self._up_to_last_look(image, asking, mask, batch.image_index, batch.question_index)
-        return self.layers[-1].attention(query, memory, rows)
+        asked, memory, rows = self._up_to_last_look(image, asking, mask, batch.image_index, batch.question_index)
+        return self.layers[-1].attention(asked.query, memory, rows)
 
     def _asking(self, text: Features, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What of the questions meets the images, (U, T, D), and which of it is not padding, (U, T) bool."""
@@ -94,16 +95,23 @@ class CrossAttentionFusion(nn.Module):
         mask: torch.Tensor,
         image_index: torch.Tensor,
         question_index: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, "Rows"]:
-        """What the last layer's look at the image is given: tokens and queries (N, T, D), memory (I, P, D), rows."""
+    ) -> tuple["Asked", torch.Tensor, "Rows"]:
+        """What the last layer's look at the image is given: what is asked of it, its memory (I, P, D), rows."""
         memory = self.image_in(image.tokens)
         rows = pair_rows(image_index, len(memory))
-        asked = self.layers[0].ask(self.text_in(asking), mask)  # (U, T, D) each
-        tokens, query = (each[question_index] for each in asked)
+        once = self.layers[0].ask(self.text_in(asking), mask)  # (U, T, D) each
+        asked = Asked(*(each[question_index] for each in once))
         for layer, following in pairwise(self.layers):
-            tokens = layer(tokens, query, memory, rows)
-            tokens, query = following.ask(tokens, mask[question_index])
-        return tokens, query, memory, rows
+            asked = following.ask(layer(asked, memory, rows), mask[question_index])
+        return asked, memory, rows
+
+
+class Asked(NamedTuple):
+    """A question on its way to an image, (…, T, D) each."""
+
+    tokens: torch.Tensor
+    query: torch.Tensor  # where to look
+    gate: torch.Tensor  # which of what is seen there matters
 
 
 class PairRows(NamedTuple):
@@ -157,7 +165,12 @@ def pair_rows(image_index: torch.Tensor, images: int) -> Rows:
 
 
 class CrossAttentionLayer(nn.Module):
-    """Question to question, question to image, feed-forward; each on top of what came in."""
+    """Question to question, question to image, feed-forward; each on top of what came in.
+
+    What a token sees is multiplied by a gate that the token sets, the product by which questions and images meet in
+    https://arxiv.org/abs/1610.04325: "is it red?" compares what was asked with what is there, and a sum of the two,
+    which is all that attention by itself adds, does not.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -165,29 +178,28 @@ class CrossAttentionLayer(nn.Module):
         self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_qkv, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.cross_q, self.cross_kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.cross_out = nn.Linear(width, width)
+        self.gate, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
         self.feed_forward = feed_forward(width)
 
-    def ask(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tokens` (B, T, D) after each has attended to the others of its question, and their queries to an image."""
+    def ask(self, tokens: torch.Tensor, mask: torch.Tensor) -> Asked:
+        """`tokens` (B, T, D) after each has attended to the others of its question, and what they ask of an image."""
         query, key, value = (split_heads(x, self.heads) for x in self.self_qkv(self.self_norm(tokens)).chunk(3, -1))
         within = attend(query, key, value, attn_mask=mask[:, None, None, :])  # (B, heads, T, D / heads)
         tokens = tokens + self.self_out(join_heads(within))
-        return tokens, self.cross_q(self.cross_norm(tokens))
+        normed = self.cross_norm(tokens)
+        return Asked(tokens, self.cross_q(normed), self.gate(normed))
 
-    def forward(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """`tokens` (N, T, D) after their `query` has met their images' tokens (I, P, D), and the feed-forward."""
-        tokens = self._seeing(tokens, query, memory, rows)
+    def forward(self, asked: Asked, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The tokens (N, T, D) after a look at their images' `memory` (I, P, D), and the feed-forward."""
+        tokens = self._seeing(asked, memory, rows)
         return tokens + self.feed_forward(tokens)
 
-    def summary(
-        self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def summary(self, asked: Asked, memory: torch.Tensor, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
         """The mean (N, D) of `forward` over the tokens in `mask` (N, T).
 
         The feed-forward's last step is linear, so it is taken of the mean: once a pair, not once a token.
         """
-        tokens = self._seeing(tokens, query, memory, rows)
+        tokens = self._seeing(asked, memory, rows)
         weights = (mask / mask.sum(1, keepdim=True)).to(tokens.dtype)[:, None, :]  # (N, 1, T)
         hidden = self.feed_forward[:-1](tokens)
         return (weights @ tokens + self.feed_forward[-1](weights @ hidden)).squeeze(1)
@@ -198,11 +210,12 @@ class CrossAttentionLayer(nn.Module):
         key = split_heads(self.cross_kv(memory).chunk(2, -1)[0], self.heads)[rows.image]
         return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
-    def _seeing(self, tokens: torch.Tensor, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
-        query = rows.gather(query).flatten(1, 2)  # (I, Q T, D)
+    def _seeing(self, asked: Asked, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
+        query = rows.gather(asked.query).flatten(1, 2)  # (I, Q T, D)
         key, value = rows.keep(self.cross_kv(memory)).chunk(2, -1)  # (I, P, D), once per image
         seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)
-        return tokens + self.cross_out(rows.scatter(join_heads(seen).unflatten(1, (-1, tokens.shape[1]))))
+        seen = rows.scatter(join_heads(seen).unflatten(1, (-1, asked.tokens.shape[1])))  # (N, T, D)
+        return asked.tokens + self.cross_out(asked.gate * seen)
 
 
 def feed_forward(width: int) -> nn.Sequential:
