@@ -276,19 +276,31 @@ def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize(("patch_size", "halvings"), [(4, 2), (8, 3), (16, 4)])
-def test_conv_stem_takes_the_place_of_the_patch_projection(patch_size, halvings):
-    stem = ConvStem(64, patch_size)
+def test_conv_stem_takes_the_place_of_the_patch_projection(patch_size, halvings, plain):
+    stem = ConvStem(64, patch_size, plain)
     assert stem(torch.zeros(2, 3, 32, 48)).shape == (2, 64, 32 // patch_size, 48 // patch_size)
     widths = [3, *reversed([64 >> n for n in range(halvings)])]
-    blocks = sum(9 * i * o + 9 * o * o + 4 * o for i, o in pairwise(widths))  # two convolutions, two BatchNorms
+    blocks = sum(9 * i * o + 2 * o + plain * (9 * o * o + 2 * o) for i, o in pairwise(widths))  # each with BatchNorm
     assert parameter_count(stem) == blocks + 64 * 64 + 64
 
 
+@pytest.mark.parametrize(("plain", "sees"), [(True, 91), (False, 31)])
+def test_what_a_token_of_the_conv_stem_sees(plain, sees):
+    """Found by the gradient of one token, in the middle of an image that is larger than what it sees."""
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 208, 208, requires_grad=True)
+    ConvStem(64, 16, plain).eval()(pixels)[0, :, 6, 6].sum().backward()
+    rows, columns = pixels.grad[0].abs().sum(0).nonzero().T
+    assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (sees, sees)
+
+
 def test_a_vit_with_a_conv_stem_has_as_many_tokens_as_with_patches(pixels):
-    plain, conv = (tower("vit", patch_size=8, stem=stem, **TINY) for stem in ("patch", "conv"))
-    assert plain(pixels[:, :, :32, :32]).tokens.shape == conv(pixels[:, :, :32, :32]).tokens.shape == (3, 17, 32)
-    assert isinstance(conv.vit.embeddings.patch_embeddings.projection, ConvStem)
+    towers = [tower("vit", patch_size=8, stem=stem, **TINY) for stem in ("patch", "conv", "strided")]
+    assert {tower(pixels[:, :, :32, :32]).tokens.shape for tower in towers} == {(3, 17, 32)}
+    stems = [parameter_count(tower.vit.embeddings.patch_embeddings.projection) for tower in towers]
+    assert len(set(stems)) == 3
 
 
 def test_a_fresh_vits_positions_are_sines_and_cosines_of_row_and_column():

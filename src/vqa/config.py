@@ -67,10 +67,10 @@ class DataConfig(Section):
 class ImageEncoderConfig(Section):
     kind: Literal["vit", "resnet18"]
     width: Positive = 768  # ViT: hidden size; ResNet18: channels of the last stage
-    layers: Positive = 12  # ViT only: ResNet18 has its 18 by name
+    layers: Annotated[int, Field(ge=0)] = 12  # ViT only: ResNet18 has its 18 by name; 0: the stem and positions alone
     heads: Positive = 12  # ViT only
     patch_size: Positive = 16  # ViT only
-    stem: Literal["patch", "conv"] = "patch"  # ViT only; conv: Xiao et al. 2021
+    stem: Literal["patch", "conv", "strided"] = "patch"  # ViT only; conv: Xiao et al. 2021; strided: half of it
     pretrained: str | None = None  # a hub id, a local folder, or for ResNet18 a torchvision weight name
     revision: Commit | None = None  # of the hub; required with a hub id
 
@@ -78,8 +78,8 @@ class ImageEncoderConfig(Section):
     def _consistent(self) -> Self:
         if self.kind == "vit" and self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.kind == "vit" and self.stem == "conv" and self.patch_size not in (4, 8, 16):
-            raise ValueError(f"a conv stem needs patch_size 4, 8 or 16, not {self.patch_size}")
+        if self.kind == "vit" and self.stem != "patch" and self.patch_size not in (4, 8, 16):
+            raise ValueError(f"a {self.stem} stem needs patch_size 4, 8 or 16, not {self.patch_size}")
         if self.kind == "resnet18" and self.width % 8:
             raise ValueError(f"width {self.width} is not a multiple of 8, as its four stages need")
         return self

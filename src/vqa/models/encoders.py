@@ -78,8 +78,9 @@ class ViTEncoder(nn.Module):
             self.vit.embeddings.position_embeddings.data = sines_and_cosines(
                 image_size // config.patch_size, config.width
             )
-        if config.stem == "conv":
-            self.vit.embeddings.patch_embeddings.projection = ConvStem(config.width, config.patch_size)
+        if config.stem != "patch":
+            stem = ConvStem(config.width, config.patch_size, plain=config.stem == "conv")
+            self.vit.embeddings.patch_embeddings.projection = stem
         self.width = config.width
 
     def forward(self, pixel_values: torch.Tensor) -> Features:
@@ -104,15 +105,17 @@ def sines_and_cosines(side: int, width: int) -> torch.Tensor:
 class ConvStem(nn.Sequential):
     """Convolutions in place of the patch projection, after https://arxiv.org/abs/2106.14881.
 
-    Per halving of the resolution a strided and a plain 3 x 3 convolution, each with BatchNorm and
-    ReLU; then 1 x 1 to the tower's width. (I, 3, H, W) -> (I, width, H / patch_size, W / patch_size).
+    Per halving of the resolution a strided and, if asked for, a plain 3 x 3 convolution, each with
+    BatchNorm and ReLU; then 1 x 1 to the tower's width. At patch size 16 a token sees 91 x 91 pixels
+    with plain ones and 31 x 31 without. (I, 3, H, W) -> (I, width, H / patch_size, W / patch_size).
     """
 
-    def __init__(self, width: int, patch_size: int):
+    def __init__(self, width: int, patch_size: int, plain: bool):
         halvings = patch_size.bit_length() - 1
         channels = [3] + [width // 2**level for level in reversed(range(halvings))]
         convolutions = [(i, o, 2) for i, o in pairwise(channels)]
-        convolutions = chain(*((strided, (strided[1], strided[1], 1)) for strided in convolutions))
+        if plain:
+            convolutions = chain(*((strided, (strided[1], strided[1], 1)) for strided in convolutions))
         blocks = [
             (nn.Conv2d(i, o, 3, stride, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
             for i, o, stride in convolutions
