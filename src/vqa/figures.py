@@ -13,7 +13,7 @@ import seaborn
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from vqa.metrics import BlindBaseline
 from vqa.sources import pairs
@@ -274,7 +274,8 @@ def fusion_costs(report: "Report") -> Figure:
             error = [own["value"] - own["low"], own["high"] - own["value"]]
             axis.errorbar([cost.iloc[0] * scale] * len(own), own["value"], error, fmt=MARKERS[place], capsize=3,
                           color=f"C{place}", label=fusion.replace("_", " "))  # fmt: skip
-        axis.set(xlabel=words, xscale="log")
+        axis.set(xlabel=words)
+        logarithmic(axis)
     axes[0].set(ylabel="test accuracy, % [95 %]")
     axes[1].legend(fontsize=9)
     made.tight_layout()
@@ -331,6 +332,14 @@ def bars(axis: Axes, table: pd.DataFrame, labels: bool = False) -> None:
             axis.bar_label(group, fmt="%.3g", fontsize=8, padding=1)
     axis.margins(y=0.12)
     axis.grid(axis="x", visible=False)
+
+
+def logarithmic(axis: Axes) -> None:
+    """A logarithmic x axis with 1, 2 and 5 of each decade as plain numbers."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def test_image(report: "Report", image_id: int) -> np.ndarray:

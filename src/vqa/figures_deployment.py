@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from vqa.figures import GREYS, HATCHES, MARKERS, figure, show_image, test_image
+from vqa.figures import GREYS, HATCHES, MARKERS, figure, logarithmic, show_image, test_image
 from vqa.int8 import ENGINE
 from vqa.pt2e import COMPILED, PT2E
 
@@ -87,8 +87,10 @@ def deployment_pareto(report: "Report") -> Figure:
         style = {"marker": MARKERS[place % 5], "s": 70, "color": f"C{place}", "edgecolor": "black", "alpha": 0.85}
         axes[0].scatter(own["bytes_on_disk"] / 1e6, own["accuracy"], **style)
         axes[1].scatter(own["latency_p50_ms"], own["accuracy"], label=f"{model}, {precision}, {WORDS[engine]}", **style)
-    axes[0].set(xscale="log", xlabel="size on disk, MB", ylabel="test accuracy, %")
-    axes[1].set(xscale="log", xlabel="latency of one question, p50, ms")
+    axes[0].set(xlabel="size on disk, MB", ylabel="test accuracy, %")
+    axes[1].set(xlabel="latency of one question, p50, ms")
+    for axis in axes:
+        logarithmic(axis)
     axes[1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     made.tight_layout()
     return made
@@ -109,7 +111,8 @@ def deployment_latency(report: "Report") -> Figure:
     for name, value in p50["value"].items():
         axis.text(0.01, name, f"{value:.3g}", transform=axis.get_yaxis_transform(), fontsize=8, va="center")
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="milliseconds")
+    axis.set(xlabel="milliseconds")
+    logarithmic(axis)
     axis.grid(axis="y", visible=False)
     axis.legend(fontsize=9, loc="lower right")
     return made
