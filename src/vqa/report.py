@@ -69,7 +69,7 @@ class Record:
         """teacher, student or distilled, and in what the run differs from what `profile` says of it."""
         run = self.config.get("run", self.config)  # a benchmark names the run it measured
         words = ["distilled" if run["objective"] == "distillation" else run["role"]]
-        if self.answers() and not run["parent"]:
+        if self.answers() and not run["parent"] and run["role"] in profile.alignment:
             words.append("from scratch")
         if run["data"]["question_fraction"] != profile.data.question_fraction:
             words.append(f"{100 * run['data']['question_fraction']:g} % of questions")
