@@ -4,6 +4,7 @@ Runs differ by line style and marker, bars by hatching, so that every figure rea
 """
 
 from collections.abc import Callable
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import matplotlib
@@ -107,7 +108,7 @@ def learning_curves(report: "Report") -> Figure:
     left.set(xlabel="optimizer step", ylabel="cross-entropy, nats", yscale="log", title="training loss")
     right.set(xlabel="optimizer step", ylabel="accuracy, %", title="validation (images held out of training)")
     left.yaxis.set_minor_formatter(NullFormatter())
-    left.legend(fontsize=9)
+    right.legend(fontsize=9, bbox_to_anchor=(1.02, 1), loc="upper left")
     made.tight_layout()
     return made
 
@@ -177,9 +178,7 @@ def right_and_wrong(report: "Report") -> Figure:
                     continue
                 item = block.iloc[place]
                 show_image(cell, test_image(report, item["image_id"]))
-                verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
-                question = item["question"].replace(" the ", " the\n", 1)
-                cell.set_title(f"{question}\n→ {item['prediction']} ({verdict})", fontsize=7)
+                cell.set_title(answered(item), fontsize=7)
         row[0].set_ylabel(run_label(record), fontsize=9)
     made.tight_layout()
     return made
@@ -198,10 +197,10 @@ def accuracy_by_type(report: "Report") -> Figure:
     made, axis = pyplot.subplots(figsize=(10, 4))
     for place, record in enumerate(records):
         own = rows[rows["run"] == record.name].set_index("metric").loc[kinds]
-        at = np.arange(len(kinds)) + (place - (len(records) - 1) / 2) * 0.15
+        at = np.arange(len(kinds)) + (place - (len(records) - 1) / 2) * min(0.15, 0.8 / len(records))
         error = [own["value"] - own["low"], own["high"] - own["value"]]
         axis.errorbar(
-            at, own["value"], error, fmt=MARKERS[place % 5], capsize=3, color=f"C{place}", label=run_label(record)
+            at, own["value"], error, fmt=MARKERS[place % 5], capsize=2, color=f"C{place}", label=run_label(record)
         )
     if records:
         test = records[0].predictions.query("split == 'test'")
@@ -211,9 +210,9 @@ def accuracy_by_type(report: "Report") -> Figure:
             axis.hlines(
                 level, place - 0.35, place + 0.35, color="black", linestyle=":", label=None if place else "image-blind"
             )
-    axis.set_xticks(range(len(kinds)), [kind.removeprefix("accuracy_") for kind in kinds])
+    axis.set_xticks(range(len(kinds)), [kind.removeprefix("accuracy_").replace("_", "\n") for kind in kinds])
     axis.set(xlabel="question type", ylabel="test accuracy, %", ylim=(None, 101))
-    axis.legend(fontsize=9, loc="lower right")
+    axis.legend(fontsize=9, bbox_to_anchor=(1.02, 1), loc="upper left")
     return made
 
 
@@ -310,9 +309,7 @@ def attention_maps(report: "Report") -> Figure:
         side = int(np.sqrt(seen.shape[1]))  # a [CLS] token, where there is one, comes first
         over_image = seen[words != ""].mean(0)[-side * side :].reshape(side, side)
         show_image(axes[0, place], image)
-        verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
-        question = item["question"].replace(" the ", " the\n", 1)
-        axes[0, place].set_title(f"{question}\n→ {item['prediction']} ({verdict})", fontsize=7)
+        axes[0, place].set_title(answered(item), fontsize=7)
         show_image(axes[1, place], image)
         whole = (0, image.shape[2], image.shape[1], 0)
         axes[1, place].imshow(over_image, cmap="Greys_r", alpha=0.75, extent=whole, interpolation="nearest")
@@ -332,6 +329,12 @@ def bars(axis: Axes, table: pd.DataFrame, labels: bool = False) -> None:
             axis.bar_label(group, fmt="%.3g", fontsize=8, padding=1)
     axis.margins(y=0.12)
     axis.grid(axis="x", visible=False)
+
+
+def answered(item: pd.Series) -> str:
+    """A question and what became of it, in lines that fit over a small image."""
+    verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
+    return f"{fill(item['question'], 28)}\n→ {item['prediction']} ({verdict})"
 
 
 def logarithmic(axis: Axes) -> None:
