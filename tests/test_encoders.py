@@ -298,8 +298,8 @@ def test_what_a_token_of_the_conv_stem_sees(plain, sees):
 
 def test_a_vit_with_a_conv_stem_has_as_many_tokens_as_with_patches(pixels):
     towers = [tower("vit", patch_size=8, stem=stem, **TINY) for stem in ("patch", "conv", "strided")]
-    assert {tower(pixels[:, :, :32, :32]).tokens.shape for tower in towers} == {(3, 17, 32)}
-    stems = [parameter_count(tower.vit.embeddings.patch_embeddings.projection) for tower in towers]
+    assert {vit(pixels[:, :, :32, :32]).tokens.shape for vit in towers} == {(3, 17, 32)}
+    stems = [parameter_count(vit.vit.embeddings.patch_embeddings.projection) for vit in towers]
     assert len(set(stems)) == 3
 
 

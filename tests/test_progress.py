@@ -77,6 +77,19 @@ def test_a_pupil_goes_on_with_its_projections(tiny_profile, untrained_teacher, o
     assert train() == undisturbed
 
 
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(tiny_profile, train_here, monkeypatch):
+    """Of two epochs of four steps, at every third: none for the end of the first epoch."""
+    saved, save = [], checkpoint.save
+
+    def noted(folder, step, *state):
+        saved.append(step)
+        return save(folder, step, *state)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    train_here(config_of(tiny_profile, "teacher"), "undisturbed")
+    assert saved == [3, 6, 8]
+
+
 def test_patience_is_remembered(tiny_profile, train_here, signal_at):
     """At a rate that changes nothing the first epoch stays the best; the stop comes in the last epoch taken."""
     config = tiny_profile.run("teacher", train__epochs=9, train__lr=1e-12, train__patience=2)

@@ -115,6 +115,12 @@ def test_a_model_is_named_by_what_it_is_and_how_it_differs_from_the_profile(chan
     assert Record(tmp_path).model_name(profile) == name
 
 
+def test_a_profile_that_aligns_nothing_has_no_runs_from_scratch(tmp_path):
+    profile = load_profile("relations")
+    save_yaml(profile.run("teacher"), tmp_path / "config.yaml")
+    assert Record(tmp_path).model_name(profile) == "teacher"
+
+
 def test_the_readme_leaves_variations_to_the_reports(monkeypatch, one_report, tmp_path):
     table = one_report.write_results()
     table.assign(model="student, 10 % of questions").to_csv(one_report.folder / "results.csv", index=False)

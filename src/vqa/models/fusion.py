@@ -168,8 +168,8 @@ class CrossAttentionLayer(nn.Module):
     """Question to question, question to image, feed-forward; each on top of what came in.
 
     What a token sees is multiplied by a gate that the token sets, the product by which questions and images meet in
-    https://arxiv.org/abs/1610.04325: "is it red?" compares what was asked with what is there, and a sum of the two,
-    which is all that attention by itself adds, does not.
+    https://arxiv.org/abs/1610.04325: "is it red?" compares what was asked with what is there, and attention by itself
+    only adds the one to the other.
     """
 
     def __init__(self, width: int, heads: int):
