@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMPS := $(or $(VQA_RUNS),runs)/stamps/$(PROFILE)
 REPORT := reports/$(PROFILE)
-PACKAGE := $(wildcard src/vqa/*.py src/vqa/*/*.py) $(wildcard params/*.yaml)
+PACKAGE := $(shell find src -name "*.py") $(wildcard params/*.yaml)
 NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
 
 .PHONY: help study test faults lab figures lint clean diffs
@@ -27,7 +27,7 @@ lab: .venv/ready ## open JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 figures: .venv/ready ## redraw every figure and table from the recorded results, without training
-	$(BIN)/python -m vqa.report --readme $(notdir $(patsubst %/records,%,$(wildcard reports/*/records)))
+	$(BIN)/python -m vqa.study.report --readme $(notdir $(patsubst %/records,%,$(wildcard reports/*/records)))
 
 lint: .venv/ready ## check style
 	$(BIN)/ruff check src tests && $(BIN)/ruff format --check src tests
@@ -40,7 +40,7 @@ clean: ## forget all runs; reports and the environment stay
 
 # A stamp, not the executed notebook, says what is up to date: reports are in git, where times mean nothing.
 $(STAMPS)/%: notebooks/%.ipynb $(PACKAGE) .venv/ready
-	@$(BIN)/python -m vqa.launch $(PROFILE)
+	@$(BIN)/python -m vqa.study.launch $(PROFILE)
 	@mkdir -p $(REPORT) $(STAMPS)
 	$(BIN)/papermill $< $(REPORT)/$*.ipynb --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
 	@touch $@

@@ -67,14 +67,14 @@ def tiny(tiny_profile) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def source(tiny):
-    from vqa import sources
+    from vqa.data import source as sources
 
     return sources.load(tiny.data)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny, source):
-    from vqa.objectives import tokenizer_for
+    from vqa.training.objectives import tokenizer_for
 
     return tokenizer_for(tiny, source)
 
@@ -103,8 +103,8 @@ def trained(tiny_profile) -> dict:
     `alone` and `pair` start from the towers of the run `aligned`, on one and two ranks;
     `aligned_pair` is `aligned` on two ranks.
     """
-    from vqa.launch import launch
-    from vqa.runs import Run
+    from vqa.run_folder import Run
+    from vqa.study.launch import launch
 
     settings = {"epochs": 2, "global_batch_size": 16}
     profile = load_profile("default", TINY | {"alignment": {"teacher": settings}})
@@ -125,8 +125,8 @@ def keep_untrained(source, tokenizer, tmp_path, monkeypatch):
     """Gives a function that makes a RunConfig a finished run with random weights, its folder in a place of its own."""
     import torch
 
-    from vqa import runs
-    from vqa.models import vqa_model
+    from vqa import run_folder as runs
+    from vqa.models.build import vqa_model
 
     monkeypatch.setattr(runs, "RUNS", tmp_path)
 
@@ -152,7 +152,7 @@ def one_rank():
     """This process as a job of one rank, without torchrun."""
     import torch.distributed as dist
 
-    from vqa.evaluate import one_rank
+    from vqa.evaluation.evaluate import one_rank
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield one_rank()
@@ -176,8 +176,8 @@ def train_here(one_rank, tmp_path, monkeypatch):
     """Gives a function that trains a RunConfig in this process, its run folder at a place of its own."""
     import torch
 
-    from vqa import runs
-    from vqa import train as training
+    from vqa import run_folder as runs
+    from vqa.training import train as training
 
     def train(config: RunConfig, place: str = "") -> runs.Run:
         monkeypatch.setattr(runs, "RUNS", tmp_path / place)

@@ -35,11 +35,14 @@ import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
 import conftest  # sets the environment, and so comes before vqa
-from vqa import checkpoint, objectives, orphans, runs, sources
-from vqa import train as training
+import vqa as orphans
+from vqa import run_folder as runs
 from vqa.config import ROOT, RunConfig, load_profile, save_yaml
-from vqa.runs import Run
-from vqa.sources import easy_vqa
+from vqa.data import easy_vqa
+from vqa.data import source as sources
+from vqa.run_folder import Run
+from vqa.training import checkpoint, objectives
+from vqa.training import train as training
 
 SHARED = runs.RUNS
 REPORT = ROOT / "reports" / "faults.csv"
@@ -145,7 +148,15 @@ class Job:
         self.place, self.command = place, command
         ranks = place.config.launch.world_size
         given = [
-            *("--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "-m", "vqa.train"),
+            *(
+                "--standalone",
+                "--nproc-per-node",
+                str(ranks),
+                "--max-restarts",
+                str(restarts),
+                "-m",
+                "vqa.training.train",
+            ),
             *(arguments or ("--config", str(place.root / "config.yaml"))),
         ]
         if command:
@@ -219,13 +230,13 @@ def _agent(given: list[str], root: Path, plant: Callable[[], None]) -> None:
 
 
 def _rank(root: Path, plant: Callable[[], None], *given: str) -> None:
-    """`python -m vqa.train`, in a forked process."""
+    """`python -m vqa.training.train`, in a forked process."""
     rank = os.environ["RANK"]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a new process: the agent's handler came with the fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (root / f"pid-{rank}").write_text(str(os.getpid()))
     _speak(root / f"said-{rank}.txt")
-    sys.argv = list(given[given.index("vqa.train") :])
+    sys.argv = list(given[given.index("vqa.training.train") :])
     plant()
     training.main()
 

@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
+from vqa import AGENT
 from vqa.config import ROOT, ConfigError, LaunchConfig, load_profile, parse_overrides, save_yaml
 from vqa.distributed import check_devices
-from vqa.launch import launch
-from vqa.orphans import AGENT
-from vqa.runs import RUNS, Run
+from vqa.run_folder import RUNS, Run
+from vqa.study.launch import launch
 
 TWO_RANKS = LaunchConfig(world_size=2, device="cpu", threads_per_rank=1)
 
@@ -281,7 +281,7 @@ def torchrun(host: Host, config: Path, runs: Path) -> subprocess.Popen:
             *("sh", "-c", f'{AGENT}=$$ exec "$@"', "sh", sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", host.address),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host.address[:-1]}1:{host.port}", "--rdzv-id", "vqa"),
-            *("--rdzv-conf", rendezvous, "-m", "vqa.train", "--config", str(config)),
+            *("--rdzv-conf", rendezvous, "-m", "vqa.training.train", "--config", str(config)),
         ],
         env=os.environ
         | {"VQA_RUNS": str(runs), "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1"}
@@ -339,7 +339,7 @@ def test_slurm_starts_one_agent_a_host_and_counts_all_ranks(tmp_path):
         check=True,
     ).stdout
     assert "torchrun --nnodes 2 --nproc-per-node 4" in said and "--rdzv-endpoint node7:29500 --rdzv-id 5" in said
-    arguments, overrides = said.split(" -m vqa.train ")[1].split(" --set ")
+    arguments, overrides = said.split(" -m vqa.training.train ")[1].split(" --set ")
     assert arguments == "--profile l4x4 --role student"
     run = load_profile("l4x4", parse_overrides(overrides.split())).run("student")
     assert run.launch.world_size == run.parent.launch.world_size == 8 and run.train.epochs == 3

@@ -52,4 +52,4 @@ def test_imports_only_go_down():
 
 
 def test_an_import_upwards_would_be_found():
-    assert upward("losses", "from vqa.train import train\nfrom vqa import launch") == {"train", "launch"}
+    assert upward("losses", "from vqa.training.train import train\nfrom vqa import launch") == {"train", "launch"}

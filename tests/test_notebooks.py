@@ -15,7 +15,7 @@ import papermill
 import pytest
 
 from vqa.config import ROOT, ConfigError
-from vqa.study import checked_parameters
+from vqa.study.study import checked_parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "reports").glob("*/*.ipynb"))

@@ -12,13 +12,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from vqa import die_with_parent
 from vqa.config import ConfigError, LaunchConfig
-from vqa.orphans import die_with_parent
 
 TIMEOUT = datetime.timedelta(minutes=10)
 HINT_SECONDS = 2  # ranks that waited for another give up together, within about this time
 SAME_REQUEST_SECONDS = 1  # torchrun passes on to its ranks what a cluster may also have sent them directly
-
 T = TypeVar("T")
 
 

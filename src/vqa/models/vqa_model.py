@@ -17,11 +17,14 @@ from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vqa.batches import Batch
-from vqa.config import ModelConfig
-from vqa.losses import answer_loss
-from vqa.models.encoders import Features, image_encoder, text_encoder
-from vqa.models.fusion import fusion
+from vqa.config import FusionConfig, ModelConfig
+from vqa.data.batches import Batch
+from vqa.models.concat import ConcatFusion
+from vqa.models.cross_attention import CrossAttentionFusion
+from vqa.models.image_towers import image_encoder
+from vqa.models.layers import Features
+from vqa.models.text_towers import text_encoder
+from vqa.training.losses import answer_loss
 
 
 class TwoTowers(nn.Module):
@@ -156,3 +159,8 @@ def without_public_weights(config: ModelConfig) -> ModelConfig:
 
 def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def fusion(config: FusionConfig, image_width: int, text_width: int) -> nn.Module:
+    kinds = {"concat": ConcatFusion, "cross_attention": CrossAttentionFusion}
+    return kinds[config.kind](config, image_width, text_width)
