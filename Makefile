@@ -2,13 +2,19 @@
 PROFILE ?= default
 PYTHON ?= python3
 BIN := .venv/bin
-STAMPS := $(or $(VQA_RUNS),runs)/stamps/$(PROFILE)
 REPORT := reports/$(PROFILE)
 PACKAGE := $(shell find src -name "*.py") $(wildcard params/*.yaml)
-NOTEBOOKS := $(basename $(notdir $(wildcard notebooks/*.ipynb)))
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/*.ipynb))))
+
+# Where runs are kept, for all that make starts: absolute, as notebooks run in a folder of their own.
+override VQA_RUNS := $(if $(filter /%,$(firstword $(VQA_RUNS))),$(VQA_RUNS),$(CURDIR)/$(or $(VQA_RUNS),runs))
+export VQA_RUNS
+SPACE := $(subst x,,x x)
+STAMPS := $(subst $(SPACE),\ ,$(VQA_RUNS))/stamps/$(PROFILE)
 
 .PHONY: help study test faults lab figures lint clean diffs
 .DELETE_ON_ERROR:
+.NOTPARALLEL:  # each notebook reads the records of those before it, and uses all cores
 
 help: ## list these commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,17 +42,19 @@ diffs: .venv/ready ## show notebook changes as notebooks in this clone's git dif
 	$(BIN)/nbdime config-git --enable
 
 clean: ## forget all runs; reports and the environment stay
-	rm -rf runs
+	rm -rf "$(VQA_RUNS)"
 
 # A stamp, not the executed notebook, says what is up to date: reports are in git, where times mean nothing.
+# A notebook that fails stays beside its stamp; one that comes to its end replaces that of the report.
 $(STAMPS)/%: notebooks/%.ipynb $(PACKAGE) .venv/ready
 	@$(BIN)/python -m vqa.study.launch $(PROFILE)
 	@mkdir -p $(REPORT) $(STAMPS)
-	$(BIN)/papermill $< $(REPORT)/$*.ipynb --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
-	@touch $@
+	$(BIN)/papermill $< "$@.ipynb" --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
+	@mv "$@.ipynb" $(REPORT)/$*.ipynb
+	@touch "$@"
 
 # The results come last: they read what the others record.
-$(STAMPS)/08_results: $(filter-out $(STAMPS)/08_results,$(NOTEBOOKS:%=$(STAMPS)/%))
+$(STAMPS)/08_results: $(patsubst %,$(STAMPS)/%,$(filter-out 08_results,$(NOTEBOOKS)))
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

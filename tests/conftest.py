@@ -19,7 +19,7 @@ TINY = {
     "seeds": [0],
     "data": {"source": "easy_vqa", "validation_images": 32, "train_images": 64, "test_images": 32},
     "models.teacher": {
-        "image_encoder": {"kind": "vit", "width": 32, "layers": 2, "heads": 2, "patch_size": 16},
+        "image_encoder": {"kind": "vit", "width": 32, "layers": 2, "heads": 2, "patch_size": 16, "stem": "patch"},
         "text_encoder": {"kind": "bert", "width": 32, "layers": 1, "heads": 2},
         "fusion": {"kind": "concat", "width": 32},
     },
@@ -30,7 +30,7 @@ TINY = {
     },
     "train.teacher": {"epochs": 2, "global_batch_size": 16},
     "train.student": {"epochs": 2, "global_batch_size": 16},
-    "alignment": {},
+    "alignment": None,
     "launch": {"world_size": 1, "device": "cpu", "threads_per_rank": 1},
     "benchmark_steps": 5,
     "distillation": {"temperature": 2.0, "alpha": 0.7, "feature_weight": 1.0, "token_weight": 1.0},
@@ -73,10 +73,10 @@ def source(tiny):
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tiny, source):
-    from vqa.training.objectives import tokenizer_for
+def processor(tiny, source):
+    from vqa.training.objectives import processor_for
 
-    return tokenizer_for(tiny, source)
+    return processor_for(tiny, source)
 
 
 @pytest.fixture(params=["teacher", "student"])
@@ -85,15 +85,14 @@ def role(request) -> str:
 
 
 @pytest.fixture
-def model(role, tiny_profile, source, tokenizer):
+def model(role, tiny_profile, processor):
     """A VQAModel of each role with random weights, as training would build it; in eval mode."""
     import torch
 
     from vqa.models.vqa_model import VQAModel
 
     torch.manual_seed(0)
-    config = tiny_profile.run(role)
-    return VQAModel(config.model, tokenizer, source.answers, config.data.image_size).eval()
+    return VQAModel(tiny_profile.run(role).model, processor).eval()
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +120,7 @@ def trained(tiny_profile) -> dict:
 
 
 @pytest.fixture
-def keep_untrained(source, tokenizer, tmp_path, monkeypatch):
+def keep_untrained(processor, tmp_path, monkeypatch):
     """Gives a function that makes a RunConfig a finished run with random weights, its folder in a place of its own."""
     import torch
 
@@ -130,11 +129,11 @@ def keep_untrained(source, tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs, "RUNS", tmp_path)
 
-    def keep(config: RunConfig, seed: int = 0, tokenizer=tokenizer, answers=source.answers) -> runs.Run:
+    def keep(config: RunConfig, seed: int = 0, processor=processor) -> runs.Run:
         torch.manual_seed(seed)
         run = runs.Run(config)
         with run.writing():
-            vqa_model(config.model, tokenizer, answers, config.data.image_size).save(run.folder / "model")
+            vqa_model(config.model, processor).save(run.folder / "model")
             run.finish([])
         return run
 

@@ -35,11 +35,10 @@ import torch.distributed.run
 from torch.distributed.launcher.api import elastic_launch
 
 import conftest  # sets the environment, and so comes before vqa
-import vqa as orphans
+from vqa import die_with_parent
 from vqa import run_folder as runs
 from vqa.config import ROOT, RunConfig, load_profile, save_yaml
-from vqa.data import easy_vqa
-from vqa.data import source as sources
+from vqa.data import easy_vqa, source
 from vqa.run_folder import Run
 from vqa.training import checkpoint, objectives
 from vqa.training import train as training
@@ -214,7 +213,7 @@ class Job:
 def _agent(given: list[str], root: Path, plant: Callable[[], None]) -> None:
     """torchrun's main, in a process that has its imports, with ranks forked from it."""
     os.setsid()
-    orphans.die_with_parent()
+    die_with_parent()
     _speak(root / "agent.txt")
     runs.RUNS = root
 
@@ -382,14 +381,14 @@ def sigterm_in_evaluation(random: np.random.Generator, trial: int) -> Outcome:
     number, rank = int(random.integers(1, 6)), int(random.integers(2))
 
     def plant() -> None:
-        count, records = itertools.count(1), objectives.records
+        count, predict = itertools.count(1), objectives.predict_beside_blind
 
         def signalled(*arguments):
             if next(count) == number and os.environ["RANK"] == str(rank):
                 signal_self()
-            return records(*arguments)
+            return predict(*arguments)
 
-        objectives.records = signalled
+        objectives.predict_beside_blind = signalled
 
     with place_of() as place:
         job = Job(place, plant=plant)
@@ -615,7 +614,7 @@ def _bad_image(random: np.random.Generator, spoil: Callable[[Path], object]) -> 
         spoil(path)
 
         def plant() -> None:
-            sources.RUNS = place.root
+            source.RUNS = place.root
             easy_vqa.package_data = lambda: data
             easy_vqa.fingerprint = lambda: "spoiled"
 
@@ -637,8 +636,8 @@ def hub_offline(random: np.random.Generator, trial: int) -> Outcome:
 CELL = """
 import os
 from pathlib import Path
-from vqa import runs
-from vqa.launch import launch
+from vqa import run_folder as runs
+from vqa.study.launch import launch
 runs.RUNS = Path({root!r})
 os.environ["VQA_RUNS"] = {root!r}  # the ranks' own
 launch(runs.Run.open(Path({folder!r})))
@@ -757,7 +756,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=REPORT)
     arguments = parser.parse_args()
     try:
-        building = FORK.Process(target=sources.load, args=(CONFIG.data,))  # its threads are not for forking
+        building = FORK.Process(target=source.load, args=(CONFIG.data,))  # its threads are not for forking
         building.start()
         building.join()
         easy_vqa.fingerprint = functools.cache(easy_vqa.fingerprint)  # hashing 5,000 files is a third of a short job

@@ -4,10 +4,26 @@ import sys
 
 import pytest
 
-from vqa import config
-from vqa.config import ConfigError, Profile, RunConfig, digest, load_profile, load_section, parse_overrides, save_yaml
+from ruamel.yaml import YAML
 
-PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
+from vqa.config import (
+    PARAMS,
+    ROOT,
+    ConfigError,
+    MeasurementConfig,
+    Profile,
+    RunConfig,
+    Section,
+    digest,
+    load_profile,
+    load_section,
+    parse_overrides,
+    save_yaml,
+)
+from vqa.config import profile as profiles
+from vqa.config.section import read_yaml
+
+PROFILES = sorted(path.stem for path in PARAMS.glob("*.yaml"))
 
 
 def refusal(call, *arguments, **named) -> str:
@@ -22,7 +38,7 @@ def refusal(call, *arguments, **named) -> str:
 @pytest.fixture
 def params(tmp_path, monkeypatch):
     """An empty params/; gives a function that writes a profile into it."""
-    monkeypatch.setattr(config, "PARAMS", tmp_path)
+    monkeypatch.setattr(profiles, "PARAMS", tmp_path)
     return lambda name, text: (tmp_path / f"{name}.yaml").write_text(text)
 
 
@@ -65,7 +81,6 @@ def test_unknown_key_of_a_run_names_the_nearest_right_one(tiny_profile):
         ("train.teacher.lr", float("nan")),
         ("train.teacher.warmup_fraction", 1.5),
         ("data.flips", "no"),
-        ("models.teacher.image_encoder.kind", "vgg"),
         ("seeds", []),
         ("launch", 3),
     ],
@@ -87,7 +102,10 @@ def test_wrong_value_is_refused_by_place_and_value(key, value):
             {"models.teacher.text_encoder.heads": 7},
             r"models.teacher.text_encoder: width \d+ is not a multiple of heads 7",
         ),
-        ({"models.teacher.fusion.heads": 7}, r"models.teacher.fusion: width \d+ is not a multiple of heads 7"),
+        (
+            {"models.teacher.fusion": {"kind": "cross_attention", "heads": 7}},
+            r"models.teacher.fusion: width \d+ is not a multiple of heads 7",
+        ),
         ({"models.teacher.image_encoder.patch_size": 32}, "a conv stem needs patch_size 4, 8 or 16, not 32"),
         ({"models.student.image_encoder.width": 100}, "width 100 is not a multiple of 8"),
         ({"train.teacher.global_batch_size": 30, "launch.world_size": 4}, "30 does not divide evenly by .* = 4"),
@@ -119,13 +137,12 @@ def test_wrong_profile_or_role_names_the_nearest(tiny_profile):
 
 
 def test_a_model_without_training_settings_is_refused():
-    trainings = {"teacher": load_profile("default").train["teacher"].model_dump()}
-    assert "student" in refusal(load_profile, "default", {"train": trainings})
+    assert "models.student has no settings under train" in refusal(load_profile, "default", {"train.student": None})
 
 
 def test_yaml_is_1_2_in_a_file_as_on_the_command_line(params):
     params("plain", "lr: 3e-4\nword: no\nflag: true\n")
-    assert config._yaml(config.PARAMS / "plain.yaml") == {"lr": 0.0003, "word": "no", "flag": True}
+    assert read_yaml(profiles.PARAMS / "plain.yaml") == {"lr": 0.0003, "word": "no", "flag": True}
     assert parse_overrides(["a.lr=3e-4", "a.word=no", "a.list=[1, 2]", "a.none="]) == {
         "a.lr": 0.0003,
         "a.word": "no",
@@ -144,7 +161,7 @@ def test_override_cannot_go_below_a_value():
 
 
 def test_base_gives_what_a_profile_leaves_out(params):
-    whole = (config.ROOT / "params" / "default.yaml").read_text()
+    whole = (ROOT / "params" / "default.yaml").read_text()
     params("ground", whole)
     params("middle", "base: ground\nseeds: [7]\ntrain: {teacher: {epochs: 3}}")
     params("top", "base: middle\ntrain: {teacher: {lr: 0.5}}")
@@ -155,7 +172,7 @@ def test_base_gives_what_a_profile_leaves_out(params):
 
 
 def test_a_null_takes_a_section_of_the_base_away(params):
-    params("ground", (config.ROOT / "params" / "default.yaml").read_text())
+    params("ground", (ROOT / "params" / "default.yaml").read_text())
     params("top", "base: ground\nalignment: null")
     profile = load_profile("top")
     assert profile.alignment == {} and profile.run("student").parent is None
@@ -182,14 +199,14 @@ def test_the_command_line_prints_the_resolved_profile_or_one_sentence():
     assert wrong.stderr == "error: no profile 'defualt' in params/: did you mean default?\n"
     right = command("default", "--set", "train.teacher.lr=3e-4")
     assert right.returncode == 0
-    printed = config.YAML(typ="safe", pure=True).load(right.stdout)
+    printed = YAML(typ="safe", pure=True).load(right.stdout)
     assert Profile.model_validate(printed) == load_profile("default", {"train.teacher.lr": 3e-4})
 
 
-def variants(section: config.Section):
+def variants(section: Section):
     """Every section that differs from `section` in one value, at any depth."""
     for name, value in section:
-        if isinstance(value, config.Section):
+        if isinstance(value, Section):
             yield from (section.model_copy(update={name: variant}) for variant in variants(value))
         else:
             other = {str: f"{value}x", bool: not value, type(None): "x"}.get(type(value), 7.25)
@@ -224,7 +241,11 @@ def test_alignment_is_the_parent_whatever_the_fusion():
 
 def test_a_distilled_run_names_its_teacher_and_starts_where_the_student_alone_does(tiny_profile):
     alone, taught = tiny_profile.run("student"), tiny_profile.run("student", distilled=True)
-    assert taught.teacher == tiny_profile.run("teacher") and taught.kind == "distilled" and alone.kind == "student"
+    assert (
+        taught.teacher == tiny_profile.run("teacher")
+        and taught.model_name == "distilled"
+        and alone.model_name == "student"
+    )
     shared = {"objective", "teacher", "distillation"}
     assert taught.model_dump(exclude=shared) == alone.model_dump(exclude=shared)
     assert taught.name == "student-concat-distilled-seed0"
@@ -264,3 +285,49 @@ HEIR = {
 )
 def test_an_impossible_distillation_is_refused(changes, said, tiny_profile):
     assert said in refusal(tiny_profile.run, "student", distilled=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("models.student.image_encoder.heads", "known: kind, pretrained, revision, width"),  # a ViT's, not a ResNet18's
+        ("models.teacher.fusion.layers", "known: kind, width"),  # concat has none
+    ],
+)
+def test_a_key_of_another_kind_is_refused(key, said):
+    assert f"unknown key {key}; {said}" in refusal(load_profile, "default", {key: 2})
+
+
+@pytest.mark.parametrize("where", ["models.teacher.image_encoder.kind", "models.teacher.fusion.kind"])
+def test_an_unknown_kind_names_the_nearest(where):
+    assert f"{where} is 'vot'; " in refusal(load_profile, "default", {where: "vot"})
+
+
+def test_another_kind_replaces_the_section_of_the_base(params):
+    params("ground", (ROOT / "params" / "default.yaml").read_text())
+    params("top", "base: ground\nmodels: {teacher: {image_encoder: {kind: resnet18, width: 64}}}")
+    tower = load_profile("top").models["teacher"].image_encoder
+    assert (tower.kind, tower.width) == ("resnet18", 64)
+
+
+def test_an_override_of_a_section_keeps_the_rest_of_it():
+    assert load_profile("base", {"launch": {"world_size": 2}}).launch.device == "cuda"
+    trained = load_profile("base", {"train.teacher": {"epochs": 1}}).train["teacher"]
+    assert (trained.epochs, trained.amp) == (1, "bf16")
+    assert load_profile("default", {"alignment": None}).alignment == {}
+
+
+def test_set_may_be_given_several_times():
+    command = [sys.executable, "-m", "vqa.config", "smoke", "--set", "seeds=[3]", "--set", "launch.world_size=2"]
+    printed = YAML(typ="safe", pure=True).load(subprocess.run(command, capture_output=True, text=True).stdout)
+    assert printed["seeds"] == [3] and printed["launch"]["world_size"] == 2
+
+
+def test_an_unknown_measurement_names_the_nearest(tiny):
+    with pytest.raises(ValueError, match="did you mean grouping?"):
+        MeasurementConfig(kind="groping", runs=[tiny])
+
+
+def test_measurements_of_other_ranks_have_other_names(tiny):
+    names = {MeasurementConfig(kind="forensics", runs=[tiny], simulated_ranks=n).name for n in (1, 2, 4)}
+    assert len(names) == 3

@@ -196,7 +196,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 CHILD = """
 import time
-from vqa.orphans import die_with_parent
+from vqa import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(60)

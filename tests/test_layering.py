@@ -1,4 +1,4 @@
-"""Imports only go down the list of layers, so that a reader can follow one import at a time."""
+"""Imports only go down the folders, so that a reader can follow one import at a time. Annotations count."""
 
 import ast
 from pathlib import Path
@@ -6,50 +6,91 @@ from pathlib import Path
 import vqa
 
 PACKAGE = Path(vqa.__file__).parent
-LAYERS = [  # from the top; a module may import what stands below it
-    *("study", "report"),
-    *("figures_architecture", "figures_deployment", "figures_distillation", "figures_scaling", "figures"),
-    *("launch", "scaling", "forensics", "loops", "benchmark", "prediction", "deployment", "qat", "train", "progress"),
-    *("quantize", "pt2e", "int8"),
-    *("understanding", "objectives", "targets", "evaluate", "ask"),
-    *("models", "models.decoder", "models.vqa_model", "models.fusion", "models.encoders"),
-    *("losses", "metrics", "vqa_accuracy", "batches"),
-    *("sources.easy_vqa", "sources.sort_of_clevr", "sources.vqa_v2", "sources"),
-    *("images", "checkpoint", "distributed", "runs", "config", "orphans"),
+FLOORS = [  # from the top; what stands on one line shares a floor
+    ("study",),
+    ("experiments",),
+    ("deployment",),
+    ("training",),
+    ("evaluation",),
+    ("models",),
+    ("data",),
+    ("run_folder", "distributed"),
+    ("config",),
+    ("results",),
+    ("__init__",),
 ]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+def room(path: Path) -> str:
+    """The folder of `path` below the package, or its own name at the top."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(source: str) -> set[str]:
-    """The vqa modules that `source` imports when it runs; imports for type checkers do not count."""
+def imported(source: str) -> set[str]:
+    """The dotted names below vqa that `source` imports anywhere, type checkers' imports included."""
     found = set()
-    tree = ast.parse(source)
-    typing_only = {
-        node
-        for test in ast.walk(tree)
-        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test)
-        for node in ast.walk(test)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("vqa.") for name in found if name.startswith("vqa.")}
+
+
+def rooms_of(source: str) -> set[str]:
+    """The rooms that `source` enters; a name of the package itself, such as vqa.AGENT, is in __init__."""
+    first = {name.split(".")[0] for name in imported(source)}
+    return {name if name in FLOOR_OF else "__init__" for name in first}
+
+
+def upward(own: str, source: str) -> set[str]:
+    return {other for other in rooms_of(source) - {own} if FLOOR_OF[other] >= FLOOR_OF[own]}
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or through others."""
+    reached = {name: set(names) for name, names in imports.items()}
+    for middle in reached:
+        for names in reached.values():
+            names |= reached[middle] if middle in names else set()
+    return sorted(
+        [name, other] for name in reached for other in reached[name] if name < other and name in reached[other]
+    )
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
     }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in typing_only and (node.module or "").startswith("vqa"):
-            below = node.module.removeprefix("vqa").removeprefix(".")
-            found |= {below} if below else {alias.name for alias in node.names}
-    return found
 
 
-def upward(module: str, source: str) -> set[str]:
-    """What `module` imports from its own place or above."""
-    return {name for name in imports(source) if LAYERS.index(name) <= LAYERS.index(module)}
+def test_every_room_has_its_floor():
+    assert {room(path) for path in modules().values()} == set(FLOOR_OF)
+    assert len(FLOOR_OF) <= 13
 
 
 def test_imports_only_go_down():
-    modules = {module_name(path): path.read_text() for path in PACKAGE.rglob("*.py")}
-    assert modules.keys() - {"__init__"} == set(LAYERS)
-    assert {name: up for name in LAYERS if (up := upward(name, modules[name]))} == {}
+    found = {name: upward(room(path), path.read_text()) for name, path in modules().items()}
+    assert {name: up for name, up in found.items() if up} == {}
 
 
-def test_an_import_upwards_would_be_found():
-    assert upward("losses", "from vqa.training.train import train\nfrom vqa import launch") == {"train", "launch"}
+def test_no_circle_within_a_room():
+    known = modules()
+    imports = {}
+    for name, path in known.items():
+        wanted = imported(path.read_text())
+        imports[name] = {other for other in wanted | {w.rpartition(".")[0] for w in wanted} if other in known} - {
+            name,
+            "",
+        }
+    assert circles(imports) == []
+
+
+def test_an_import_upwards_or_a_circle_would_be_found():
+    assert upward("data", "def f(x: 'T'):\n    from vqa.training.train import train") == {"training"}
+    assert upward("models", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import vqa.study.launch") == {
+        "study"
+    }
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b"], ["a", "c"], ["b", "c"]]

@@ -11,8 +11,8 @@ from vqa.results import Result
 from vqa.run_folder import Run, RunError
 
 RESULTS = [
-    Result("accuracy", 90.5, "%", 88.0, 92.5, "test"),
-    Result("parameters", 12, "count", labels={"engine": "eager"}),
+    Result("accuracy", 90.5, 88.0, 92.5, split="test"),
+    Result("parameters", 12, engine="eager"),
 ]
 
 
@@ -77,7 +77,7 @@ SECOND_WRITER = """
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from vqa.runs import Run, RunError
+from vqa.run_folder import Run, RunError
 try:
     with Run.open(Path(sys.argv[1])).writing():
         print("in")
@@ -141,9 +141,17 @@ def test_the_code_digest_changes_with_a_source_file(tmp_path, monkeypatch):
 
 
 def test_what_the_code_digest_leaves_out_no_job_imports():
-    jobs = "vqa.training.train, vqa.experiments.__main__, vqa.experiments.scaling_speed, vqa.experiments.forensics"
+    jobs = "vqa.training.train, vqa.experiments.__main__"
     seen = subprocess.run(
         [sys.executable, "-c", f"import sys, {jobs}; print(*sys.modules)"], capture_output=True, text=True, check=True
     )
-    modules = [name.removeprefix("vqa.") for name in seen.stdout.split() if name.startswith("vqa.")]
-    assert "train" in modules and not [name for name in modules if name.startswith(runs.BESIDE_THE_JOBS)]
+    modules = seen.stdout.split()
+    assert "vqa.training.train" in modules and not [name for name in modules if name.startswith("vqa.study")]
+
+
+def test_where_runs_are_kept_may_be_relative_to_home(tmp_path):
+    command = [sys.executable, "-c", "from vqa.run_folder import RUNS; print(RUNS)"]
+    for given, meant in (("~/my runs", tmp_path / "my runs"), ("some runs", tmp_path / "some runs")):
+        environment = os.environ | {"VQA_RUNS": given, "HOME": str(tmp_path)}
+        seen = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert seen.stdout.strip() == str(meant)

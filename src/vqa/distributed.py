@@ -1,13 +1,17 @@
-"""What one rank of a torchrun job needs to know and do. One rank takes the same path as many."""
+"""What one rank of a torchrun job needs to know and do. One rank takes the same path as many.
+
+What exchanges values also works in a process that torchrun did not start: it is a job of one rank, without a group.
+"""
 
 import datetime
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,10 +52,9 @@ def check_devices(launch: LaunchConfig) -> None:
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world_size))
     if launch.device == "cuda" and torch.cuda.device_count() < here:
-        said = "launch.world_size is" if here == launch.world_size else "torchrun's --nproc-per-node is"
+        key = "launch.world_size is" if here == launch.world_size else "torchrun's --nproc-per-node is"
         raise ConfigError(
-            f"{said} {here} but this machine has {torch.cuda.device_count()} GPUs: "
-            "lower it, or set launch.device to cpu"
+            f"{key} {here} but this machine has {torch.cuda.device_count()} GPUs: lower it, or set launch.device to cpu"
         )
 
 
@@ -92,13 +95,13 @@ def process_group(launch: LaunchConfig) -> Iterator[Rank]:
         dist.destroy_process_group()
 
 
-def _late_ranks(said: str, store: dist.Store, rank: int, world_size: int) -> list[int]:
-    """Those that others waited for in vain, if a collective failed in that way and `said` so.
+def _late_ranks(message: str, store: dist.Store, rank: int, world_size: int) -> list[int]:
+    """The ranks that others waited for in vain; none unless `message` is that of a collective that failed so.
 
-    Every rank whose wait ends, by time-out or because a neighbour gave up, leaves word in the store.
+    Every rank whose wait ends, by time-out or because a neighbour gave up, notes that in the store.
     """
-    waited = "timed out" in said.lower() or "timeout" in said.lower()
-    if not (waited or "connection" in said.lower()):
+    waited = "timed out" in message.lower() or "timeout" in message.lower()
+    if not (waited or "connection" in message.lower()):
         return []
     store.set(f"waited/{rank}", "")
     if not waited:
@@ -110,8 +113,15 @@ def _late_ranks(said: str, store: dist.Store, rank: int, world_size: int) -> lis
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum of `value` over all ranks, on every rank."""
     total = value.detach().clone()
-    dist.all_reduce(total)
+    if dist.is_initialized():
+        dist.all_reduce(total)
     return total
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -119,7 +129,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
     Gradients flow back to the rank a row came from: the sum of those that all ranks' losses have for it.
     """
-    return _GatherRows.apply(rows)
+    return _GatherRows.apply(rows) if dist.is_initialized() else rows
 
 
 class _GatherRows(torch.autograd.Function):
@@ -138,6 +148,8 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_objects(value: object, rank: Rank) -> list:
     """Every rank's `value`, in rank order, on the main rank; an empty list on the others."""
+    if not dist.is_initialized():
+        return [value]
     gathered = [None] * rank.world_size if rank.is_main else None
     dist.gather_object(value, gathered)
     return gathered or []
@@ -146,31 +158,37 @@ def gather_objects(value: object, rank: Rank) -> list:
 def from_main(value: object) -> object:
     """The main rank's `value`, on every rank."""
     box = [value]
-    dist.broadcast_object_list(box)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
     return box[0]
 
 
 def main_first(work: Callable[[], T], rank: Rank) -> T | None:
     """What `work` gives on the main rank, None on the others, which wait; what it raises there is raised on all."""
-    given, failure = None, None
+    result, failure = None, None
     if rank.is_main:
         try:
-            given = work()
+            result = work()
         except Exception as error:
             failure = error
     if failure := from_main(failure):
-        failure.of_main = not rank.is_main
+        failure.from_main_rank = not rank.is_main  # for exit_with
         raise failure
-    return given
+    return result
 
 
-def said_by_main(error: Exception) -> bool:
-    """Whether `error` came from the main rank's work through `main_first`, so that this rank need not say it too."""
-    return getattr(error, "of_main", False)
+def exit_with(error: Exception, sentence: str = "", alone: bool = False) -> NoReturn:
+    """End this process with status 1 and one line, `error: <sentence or error>`, that only one of the ranks prints.
+
+    That is the main rank, where every rank raises `error` alike. An error that may be of this rank `alone` is
+    printed here too, unless it came from the main rank through `main_first`.
+    """
+    prints = os.environ.get("RANK", "0") == "0" or (alone and not getattr(error, "from_main_rank", False))
+    sys.exit(f"error: {sentence or error}" if prints else 1)
 
 
 def anyone(yes: bool | torch.Tensor, rank: Rank, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether `yes` on any rank, told to all: one number is exchanged."""
+    """Whether `yes` on any rank, on every rank: one number is exchanged."""
     if rank.world_size == 1:
         return bool(yes)
     flag = torch.as_tensor(yes, dtype=torch.float32, device=rank.device).clone()
@@ -178,7 +196,7 @@ def anyone(yes: bool | torch.Tensor, rank: Rank, group: dist.ProcessGroup | None
     return bool(flag)
 
 
-_asked: list[float] = []  # when this process was asked to stop
+_asked: list[float] = []  # the moments at which this process was asked to stop
 
 
 @contextmanager

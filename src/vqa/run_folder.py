@@ -7,7 +7,6 @@
 Every file is written under a temporary name and renamed. A lock refuses a second writer.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,15 +16,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
-from vqa.config import ROOT, RunConfig, Section, digest, load_section, save_yaml
+from vqa.config import ROOT, MeasurementConfig, RunConfig, digest, load_section, save_yaml
 from vqa.results import Result
 
-RUNS = Path(os.environ.get("VQA_RUNS", ROOT / "runs"))
+RUNS = Path(os.environ.get("VQA_RUNS", ROOT / "runs")).expanduser().absolute()
 
 
 class RunError(RuntimeError):
@@ -35,16 +34,14 @@ class RunError(RuntimeError):
 class Run:
     """A run folder, named by what it computes. Making one touches no disk; `writing` does."""
 
-    def __init__(self, config: Section, module: str = "vqa.training.train"):
+    def __init__(self, config: RunConfig | MeasurementConfig):
         self.config = config
-        self.module = module  # the command that computes it
         self.folder = RUNS / f"{config.name}-{digest(config)}"
 
     @property
     def needed(self) -> "list[Run]":
-        """The runs that must be finished before this one can start: its aligned towers', its teacher's."""
-        before = (getattr(self.config, name, None) for name in ("parent", "teacher"))
-        return [Run(config, self.module) for config in before if config]
+        """The runs that must be finished before this one can start."""
+        return [Run(config) for config in self.config.needed]
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
@@ -65,17 +62,18 @@ class Run:
 
         Raises RunError if the folder cannot be written or another process holds it.
         """
+        lock = FileLock(self.folder / "lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.folder.name} is being written by another process") from None
         except OSError as error:
             raise RunError(f"cannot write {self.folder}: {error.strerror}; set VQA_RUNS elsewhere") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.folder.name} is being written by another process") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -108,7 +106,7 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def finish(self, results: list[Result]) -> None:
-        self.write_json("results.json", [asdict(result) for result in results])
+        self.write_json("results.json", [result.as_row() for result in results])
 
     def metrics(self) -> pd.DataFrame:
         return pd.read_json(self.folder / "metrics.jsonl", lines=True)
@@ -120,16 +118,13 @@ class Run:
         """Raises RunError if the run has not finished."""
         if not self.finished:
             raise RunError(f"{self.folder.name} has not finished")
-        return [Result(**row) for row in json.loads((self.folder / "results.json").read_text())]
+        return [Result.from_row(row) for row in json.loads((self.folder / "results.json").read_text())]
 
     def result(self, metric: str, split: str = "test") -> Result:
         return next(r for r in self.results() if r.metric == metric and r.split == split)
 
     def environment(self) -> dict:
         return json.loads((self.folder / "env.json").read_text())
-
-
-BESIDE_THE_JOBS = ("study", "report", "figures", "launch")  # modules that start jobs or read what they left
 
 
 def environment() -> dict:
@@ -150,8 +145,9 @@ def environment() -> dict:
 
 def code_digest() -> str:
     """Changes when a source file that a job may import changes: a reused run can tell that it is older."""
-    files = sorted((ROOT / "src" / "vqa").rglob("*.py"))
-    sources = [path for path in files if not path.name.startswith(BESIDE_THE_JOBS)]
+    package = ROOT / "src" / "vqa"
+    # The folder study starts jobs and reads what they left; no job imports it.
+    sources = [path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] != "study"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 

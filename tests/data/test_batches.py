@@ -1,30 +1,31 @@
 from collections import Counter
+from dataclasses import replace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from vqa.data.batches import UNKNOWN_ANSWER, EpochPlan, Split
-from vqa.data.processor import encode, train_tokenizer
-from vqa.data.source import pairs
+from vqa.data.processor import Processor
+from vqa.data.source import QUESTION_COLUMNS, Table
 from vqa.evaluation.evaluate import predict
-from vqa.training.losses import answer_loss
-from vqa.training.objectives import split_for
 
 WORLDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]  # ranks, accumulation steps
 
 
 @pytest.fixture(scope="module")
-def split(tiny, source, tokenizer) -> Split:
-    return Split(source.splits["train"], tokenizer, source.answers, 32, tiny.data.image_size)
+def split(source, processor) -> Split:
+    return Split(source.splits["train"], processor)
 
 
 @pytest.fixture(scope="module")
 def rows(source) -> np.ndarray:
-    """The training images as the table gives them, (M, 3, 64, 64)."""
-    return np.array(source.splits["train"]["image"][:], np.uint8)
+    """The training images as the library `datasets` decodes them, (M, 3, 64, 64)."""
+    table = source.splits["train"]
+    return np.array([table.images[int(row)]["image"] for row in table.rows], np.uint8)
 
 
 def contents(pixel_values: torch.Tensor) -> Counter:
@@ -40,14 +41,13 @@ def test_a_batch_scores_what_scoring_pair_by_pair_does(model, split):
     records = [record for image in (5, 0, 17, 9) for record in records_of(split, image)]
     one = torch.zeros(1, dtype=torch.long)
     with torch.inference_mode():
-        together = model(**batch.inputs())
+        together = model(**batch.inputs()).logits
         apart = []
         for image, question in records:
-            tokens = model.tokenizer([question], return_tensors="pt")
-            apart.append(
-                model(split.batch(np.array([image])).pixel_values, one, tokens.input_ids, tokens.attention_mask, one)
-            )
-        repeated = model(**batch.ungrouped().inputs())
+            ids = torch.tensor([model.processor.tokenizer.encode(question).ids])
+            pixels = split.batch(np.array([image])).pixel_values
+            apart.append(model(pixels, one, ids, torch.ones_like(ids), one).logits)
+        repeated = model(**batch.ungrouped().inputs()).logits
     torch.testing.assert_close(together, torch.cat(apart), rtol=0, atol=1e-6)
     torch.testing.assert_close(together, repeated, rtol=0, atol=1e-6)
     assert together.std(0).max() > 1e-2  # pairs do differ
@@ -66,31 +66,34 @@ def test_each_image_and_each_distinct_question_stands_once(split, rows):
     assert batch.question_number.unique().tolist() == batch.question_number.tolist()
 
 
-def test_index_maps_lead_back_to_the_table(split, source, tokenizer):
+def test_index_maps_lead_back_to_the_table(split, source, processor):
     images = np.array([3, 1, 40, 2])
     batch = split.batch(images)
-    texts = tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+    texts = processor.tokenizer.decode_batch(batch.input_ids.tolist())
     paired = [
         (int(images[i]), texts[q].replace(" ?", "?"), source.answers[label])
         for i, q, label in zip(batch.image_index, batch.question_index, batch.labels, strict=True)
     ]
+    ids, questions = source.splits["train"].image_ids, source.splits["train"].questions
+    expected = [(i, row) for i in images.tolist() for row in questions[questions["image_id"] == ids[i]].itertuples()]
+    assert paired == [(i, row.question, row.answer) for i, row in expected]
+
+
+def test_a_selection_has_its_own_images_and_questions_in_its_own_order(source, rows):
+    whole = source.splits["train"]
+    table = whole.select(np.array([9, 2, 30])).select(np.array([2, 0]))
+    assert (table.pixels(np.array([1, 0])) == rows[[9, 30]]).all()
+    assert table.image_ids.tolist() == whole.image_ids[[30, 9]].tolist()
+    assert table.captions == [whole.captions[30], whole.captions[9]]
+    by_image = [whole.questions[whole.questions["image_id"] == whole.image_ids[i]] for i in (30, 9)]
+    pd.testing.assert_frame_equal(table.questions, pd.concat(by_image, ignore_index=True))
+
+
+def test_images_of_a_table_in_several_pieces(source, rows):
     table = source.splits["train"]
-    assert paired == [
-        (i, q, a) for i in images.tolist() for q, a in zip(table[i]["question"], table[i]["answer"], strict=True)
-    ]
-
-
-def test_memory_mapped_images_are_the_tables_rows_whatever_was_selected(tiny, source, tokenizer):
-    table = source.splits["train"].select([9, 2, 30]).select([2, 0])
-    pixels = Split(table, tokenizer, source.answers, 32, 64).batch(np.array([1, 0])).pixel_values
-    assert pixels.tolist() == [table[1]["image"], table[0]["image"]]
-
-
-def test_images_of_a_table_in_several_pieces(source, tokenizer):
-    table = source.splits["train"]
-    pieces = datasets.concatenate_datasets([table.select([i]).flatten_indices() for i in (4, 8, 1)])
-    pixels = Split(pieces, tokenizer, source.answers, 32, 64).batch(np.array([2, 0, 1])).pixel_values
-    assert pixels.tolist() == [table[i]["image"] for i in (1, 4, 8)]
+    pieces = [table.images.select(table.rows[[i]]).flatten_indices() for i in (4, 8, 1)]
+    joined = Table.of(datasets.concatenate_datasets(pieces), table.questions)
+    assert (joined.pixels(np.array([2, 0, 1])) == rows[[1, 4, 8]]).all()
 
 
 def test_a_batch_is_a_copy_that_may_be_changed(split, rows):
@@ -104,9 +107,10 @@ def test_flips_are_numpys(split, rows):
     assert (split.batch(images, flips).pixel_values.numpy() == np.stack(expected)).all()
 
 
-def test_resizing_is_pillows(source, tokenizer, rows):
+def test_resizing_is_pillows(source, processor, rows):
     """To within one of 255 levels, by which two fixed-point roundings may differ."""
-    small = Split(source.splits["train"], tokenizer, source.answers, 32, 40).batch(np.arange(8)).pixel_values.numpy()
+    forty = Processor(processor.tokenizer, source.answers, 40, 32)
+    small = Split(source.splits["train"], forty).batch(np.arange(8)).pixel_values.numpy()
     for ours, image in zip(small, rows[:8], strict=True):
         pillow = Image.fromarray(image.transpose(1, 2, 0)).resize((40, 40), Image.Resampling.BILINEAR)
         assert np.abs(ours.transpose(1, 2, 0).astype(int) - np.asarray(pillow)).max() <= 1
@@ -148,57 +152,36 @@ def test_a_step_is_the_same_images_for_any_number_of_ranks_and_parts(split, flip
 
 
 @pytest.fixture
-def odd(source) -> datasets.Dataset:
+def odd(source) -> Table:
     """One image with questions that nobody planned for; the last answer was never seen in training."""
-    row = source.splits["train"][0]
-    questions = ["", "why " * 5000, "🟥🔺 what?", "what shape is present?"]
-    row |= {"question": questions, "question_id": [0, 1, 2, 3], "question_type": ["odd"] * 4}
-    row["answer"] = ["yes", "no", "circle", "heptagon"]
-    table = source.splits["train"]
-    return datasets.Dataset.from_dict({name: [row[name]] for name in table.features}, features=table.features)
+    table = source.splits["train"].select(np.array([0]))
+    asked = zip(
+        ["", "why " * 5000, "🟥🔺 what?", "what shape is present?"], ["yes", "no", "circle", "heptagon"], strict=True
+    )
+    rows = [(table.image_ids[0], number, question, "odd", answer) for number, (question, answer) in enumerate(asked)]
+    return replace(table, questions=pd.DataFrame(rows, columns=QUESTION_COLUMNS))
 
 
 def test_odd_questions_get_finite_logits_within_the_token_limit(model, odd):
-    batch = split_for(model, odd).batch(np.array([0]))
-    assert batch.input_ids.shape == (4, model.config.max_question_tokens)
+    batch = Split(odd, model.processor).batch(np.array([0]))
+    assert batch.input_ids.shape == (4, model.processor.max_question_tokens)
     assert batch.attention_mask.sum(1).min() == 2  # the empty question: [CLS] [SEP]
     with torch.inference_mode():
-        logits = model(**batch.inputs())
-    assert logits.shape == (4, len(model.answers)) and logits.isfinite().all()
+        logits = model(**batch.inputs()).logits
+    assert logits.shape == (4, len(model.processor.answers)) and logits.isfinite().all()
 
 
 def test_an_answer_outside_the_vocabulary_is_counted_and_wrong(model, odd, one_rank):
-    frame = predict(model, split_for(model, odd), one_rank)
+    frame = predict(model, Split(odd, model.processor), one_rank)
     assert frame["answer"].tolist() == ["yes", "no", "circle", "heptagon"]
-    assert not frame["correct"].iloc[3] and frame["prediction"].isin(model.answers).all()
+    assert not frame["correct"].iloc[3] and frame["prediction"].isin(model.processor.answers).all()
 
 
 def test_an_answer_outside_the_vocabulary_adds_nothing_to_the_loss(model, odd):
-    batch = split_for(model, odd).batch(np.array([0]))
+    batch = Split(odd, model.processor).batch(np.array([0]))
     assert batch.labels[3] == UNKNOWN_ANSWER and batch.labels[:3].min() >= 0
-    logits = torch.randn(4, len(model.answers), requires_grad=True)
-    loss = answer_loss(logits, batch.labels, global_count=4)
-    loss.backward()
-    assert loss.item() == pytest.approx(-logits.log_softmax(1)[range(3), batch.labels[:3]].sum().item() / 4, rel=1e-6)
-    assert not logits.grad[3].any() and logits.grad[:3].any(1).all()
-
-
-def test_the_same_questions_give_the_same_tokenizer(source):
-    """Ranks each make their own, and so does a run that takes over its parent's towers."""
-    questions = sorted(pairs(source.splits["train"])["question"].unique())
-    assert len({train_tokenizer(questions).backend_tokenizer.to_str() for _ in range(4)}) == 1
-
-
-def test_the_tokenizer_knows_every_training_word_and_marks_both_ends(source, tokenizer):
-    questions = pairs(source.splits["train"])["question"].unique().tolist()
-    encoded = encode(tokenizer, questions, 32)
-    assert tokenizer.unk_token_id not in encoded["input_ids"]
-    ends = encoded["attention_mask"].sum(1) - 1
-    assert (encoded["input_ids"][:, 0] == tokenizer.cls_token_id).all()
-    assert (encoded["input_ids"][range(len(ends)), ends] == tokenizer.sep_token_id).all()
-    assert (encoded["input_ids"][encoded["attention_mask"] == 0] == tokenizer.pad_token_id).all()
-
-
-def test_a_question_that_is_cut_keeps_its_end_mark(tokenizer):
-    ids = encode(tokenizer, ["why " * 100], 8)["input_ids"][0]
-    assert len(ids) == 8 and ids[-1] == tokenizer.sep_token_id
+    output = model(**batch.inputs(), labels=batch.labels)
+    expected = -output.logits.log_softmax(1)[range(3), batch.labels[:3]].sum().item() / 4
+    assert output.loss.item() == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(output.loss, output.logits)
+    assert not gradient[3].any() and gradient[:3].any(1).all()

@@ -13,7 +13,7 @@ from PIL import Image
 from vqa.config import ConfigError
 from vqa.data import easy_vqa
 from vqa.data import source as sources
-from vqa.data.source import SourceError, pairs
+from vqa.data.source import SourceError, Table
 from vqa.evaluation.metrics import BlindBaseline
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -26,7 +26,7 @@ PACKAGED = {
 
 @pytest.fixture(scope="module")
 def tables():
-    return easy_vqa.build()
+    return easy_vqa.build(Path())
 
 
 @pytest.fixture(params=PACKAGED)
@@ -44,15 +44,15 @@ def decoded() -> dict[str, dict[int, np.ndarray]]:
 
 
 def test_every_question_is_the_packages(tables, split):
-    table = pairs(tables[split])
+    table = tables[split].questions
     ours = zip(table["question"], table["answer"], table["image_id"], strict=True)
     assert Counter(ours) == Counter(zip(*PACKAGED[split][0](), strict=True))
     assert table["question_id"].is_unique
 
 
 def test_every_image_is_what_pillow_decodes(tables, decoded, split):
-    images = tables[split].with_format("numpy")["image"][:]
-    assert tables[split]["image_id"][:] == sorted(decoded[split])
+    images = tables[split].pixels(np.arange(len(tables[split])))
+    assert tables[split].image_ids.tolist() == sorted(decoded[split])
     assert all((image == decoded[split][n].transpose(2, 0, 1)).all() for n, image in enumerate(images))
 
 
@@ -69,13 +69,13 @@ def test_blind_baseline_is_an_independent_count(tables):
     right = sum(guess == answer for guess, answer in zip(counted, answers, strict=True))
     assert (right, len(answers)) == (6475, 9673)
 
-    test = pairs(tables["test"]).sort_values("question_id")
-    blind = BlindBaseline(pairs(tables["train"]))(test["question"])
+    test = tables["test"].questions.sort_values("question_id")
+    blind = BlindBaseline(tables["train"].questions)(test["question"])
     assert blind.tolist() == counted and (blind == test["answer"]).sum() == right
 
 
 def test_blind_baseline_answers_an_unseen_question_with_the_commonest_answer_of_all(tables):
-    train = pairs(tables["train"])
+    train = tables["train"].questions
     overall = Counter(train["answer"]).most_common(1)[0][0]
     assert BlindBaseline(train)(train["question"].head(1) + " really").tolist() == [overall]
 
@@ -84,22 +84,22 @@ def test_no_image_is_in_two_splits(tiny, decoded):
     """By number in the package's two halves, which each count from 0, and by content in all three splits."""
     whole = sources.load(tiny.data.model_copy(update={"train_images": None, "test_images": None})).splits
     assert {name: len(table) for name, table in whole.items()} == {"train": 3968, "validation": 32, "test": 1000}
-    assert not set(whole["train"]["image_id"]) & set(whole["validation"]["image_id"])
+    assert not set(whole["train"].image_ids) & set(whole["validation"].image_ids)
     contents = [hashlib.sha256(image.tobytes()).digest() for images in decoded.values() for image in images.values()]
     assert len(set(contents)) == len(contents) == 5000
 
 
 def test_who_is_held_out_depends_on_the_split_seed_alone(tiny, source):
     def held(**changes) -> list[int]:
-        return sources.load(tiny.data.model_copy(update=changes)).splits["validation"]["image_id"][:]
+        return sources.load(tiny.data.model_copy(update=changes)).splits["validation"].image_ids.tolist()
 
-    assert held(train_images=7, image_size=32, flips=False) == source.splits["validation"]["image_id"][:]
+    assert held(train_images=7, image_size=32, flips=False) == source.splits["validation"].image_ids.tolist()
     assert held(split_seed=1) != held()
 
 
 def test_fewer_training_images_are_a_part_of_more(tiny, source):
     few = sources.load(tiny.data.model_copy(update={"train_images": 20})).splits["train"]
-    assert len(few) == 20 and set(few["image_id"]) < set(source.splits["train"]["image_id"])
+    assert len(few) == 20 and set(few.image_ids) < set(source.splits["train"].image_ids)
 
 
 @pytest.mark.parametrize("changes", [{"validation_images": 4000}, {"train_images": 3990}, {"test_images": 1001}])
@@ -121,9 +121,16 @@ def true_answer(question: str, colour: str, shape: str) -> str:
     return "yes" if (named in (colour, shape)) != ("not" in words or "no" in words) else "no"
 
 
+def by_image(table: Table) -> list[tuple[list[str], list[str], list[str]]]:
+    """Questions, answers and captions of each image."""
+    asked = [group for _, group in table.questions.groupby("image_id")]  # in the order of their numbers, as the images
+    columns = [[list(group[name]) for group in asked] for name in ("question", "answer")]
+    return list(zip(*columns, table.captions, strict=True))
+
+
 def test_captions_contradict_no_answer(tables, split):
     captioned = 0
-    for questions, answers, caption in zip(*(tables[split][c] for c in ("question", "answer", "caption")), strict=True):
+    for questions, answers, caption in by_image(tables[split]):
         for text in caption:
             article, colour, shape = text.split()
             assert article == "a" and [true_answer(q, colour, shape) for q in questions] == answers
@@ -132,8 +139,7 @@ def test_captions_contradict_no_answer(tables, split):
 
 
 def test_a_caption_is_the_only_one_that_its_questions_allow(tables):
-    table = tables["test"]
-    for questions, answers, caption in zip(table["question"], table["answer"], table["caption"], strict=True):
+    for questions, answers, caption in by_image(tables["test"]):
         if caption:
             allowed = [
                 f"a {c} {s}" for c in COLOURS for s in SHAPES if [true_answer(q, c, s) for q in questions] == answers
@@ -158,7 +164,7 @@ def test_question_types(question, answer, kind):
 
 
 def test_question_types_agree_with_the_answers(tables, split):
-    table = pairs(tables[split])
+    table = tables[split].questions
     kinds = {kind: set(group) for kind, group in table.groupby("question_type")["answer"]}
     assert kinds == {
         "shape": set(SHAPES),
@@ -183,13 +189,13 @@ def copy(tmp_path) -> Path:
 
 def test_all_damaged_images_are_listed_in_one_error(copy):
     images = copy / "train" / "images"
-    assert len(easy_vqa.build(copy)["train"]) == 6
+    assert len(easy_vqa.build(Path(), copy)["train"]) == 6
     (images / "1.png").unlink()
     (images / "2.png").write_bytes((images / "2.png").read_bytes()[:-60])
     (images / "3.png").write_text("no image")
     Image.new("RGB", (32, 32)).save(images / "4.png")
     with pytest.raises(SourceError) as caught:
-        easy_vqa.build(copy)
+        easy_vqa.build(Path(), copy)
     listed = ", ".join(str(images / f"{number}.png") for number in (1, 2, 3, 4))
     assert (
         str(caught.value)
@@ -211,7 +217,7 @@ def test_fingerprint_changes_with_any_byte(copy):
 
 def test_a_share_of_the_questions_keeps_every_image_and_is_part_of_a_larger_share(tiny, source):
     def questions(share: float) -> pd.DataFrame:
-        return sources.pairs(sources.load(tiny.data.model_copy(update={"question_fraction": share})).splits["train"])
+        return sources.load(tiny.data.model_copy(update={"question_fraction": share})).splits["train"].questions
 
     whole, less, least = (questions(share).set_index("question_id") for share in (1.0, 0.3, 0.01))
     asked = whole.groupby("image_id").size()
@@ -224,6 +230,13 @@ def test_a_share_of_the_questions_keeps_every_image_and_is_part_of_a_larger_shar
 def test_a_share_of_the_questions_leaves_validation_and_test_as_they_are(tiny, source):
     thin = sources.load(tiny.data.model_copy(update={"question_fraction": 0.1}))
     for name in ("validation", "test"):
-        pd.testing.assert_frame_equal(sources.pairs(thin.splits[name]), sources.pairs(source.splits[name]))
-    images = (np.array(each.splits["train"]["image"]) for each in (thin, source))
-    assert (next(images) == next(images)).all()
+        pd.testing.assert_frame_equal(thin.splits[name].questions, source.splits[name].questions)
+    first, second = (each.splits["train"].pixels(np.arange(64)) for each in (thin, source))
+    assert (first == second).all()
+
+
+def test_a_data_set_says_what_is_its_own(source):
+    """Its question types are those that occur; what words alone are worth is near an independent count."""
+    assert set(source.question_types) == set(source.splits["test"].questions["question_type"])
+    assert source.relational_types == () and source.licence == "MIT"
+    assert source.expected_blind == pytest.approx(100 * 6475 / 9673, abs=0.1)

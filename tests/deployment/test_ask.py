@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vqa.config import ROOT
+from vqa.data.processor import Processor
 from vqa.deployment import ask
 from vqa.deployment.ask import AskError
 
@@ -29,7 +30,7 @@ runpy.run_module("vqa.deployment.ask", run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def deployed(tiny_profile, source, tokenizer, tmp_path_factory):
+def deployed(tiny_profile, source, processor, tmp_path_factory):
     """A deployment folder of a random student."""
     import torch
 
@@ -37,8 +38,7 @@ def deployed(tiny_profile, source, tokenizer, tmp_path_factory):
     from vqa.models.vqa_model import VQAModel
 
     torch.manual_seed(0)
-    config = tiny_profile.run("student")
-    model = VQAModel(config.model, tokenizer, source.answers, config.data.image_size)
+    model = VQAModel(tiny_profile.run("student").model, processor)
     folder = tmp_path_factory.mktemp("deployed")
     write_model(model, calibration_images(model, source, 16), folder)
     return folder
@@ -53,7 +53,11 @@ def folder(deployed, tmp_path):
 
 
 def run(*arguments, code=None, cwd=None, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *(["-c", code] if code else ["-m", "vqa.deployment.ask"]), *map(str, arguments)]
+    command = [
+        sys.executable,
+        *(["-c", code] if code else ["-m", "vqa.deployment.ask"]),
+        *(a if isinstance(a, bytes) else str(a) for a in arguments),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=os.environ | environment)
 
 
@@ -88,8 +92,8 @@ def edge(tmp_path_factory):
     if "from versions: none" in done.stderr:
         pytest.skip("the package index cannot be reached")
     assert done.returncode == 0, done.stderr
-    (folder / "vqa").mkdir()
-    for name in re.findall(r"src/(vqa/\w+\.py)", (ROOT / "requirements-edge.txt").read_text()):
+    for name in re.findall(r"src/(vqa/[\w/]+\.py)", (ROOT / "requirements-edge.txt").read_text()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "src" / name, folder / name)
     return folder
 
@@ -131,10 +135,64 @@ def test_a_file_of_pairs_gives_the_answers_of_single_questions(deployed, photo):
         assert row[2] == answer and float(row[3]) == pytest.approx(probability, abs=0.02)
 
 
-def test_pairs_without_the_columns_are_refused(tmp_path):
-    (tmp_path / "pairs.csv").write_text("picture,question\na.png,what?\n")
-    with pytest.raises(AskError, match="needs the columns image and question"):
+@pytest.mark.parametrize(
+    "raw, sentence",
+    [
+        (b"picture,question\na.png,what?\n", "needs the columns image and question, .*; it has 'picture', 'question'"),
+        (b"image;question\na.png;what?\n", "needs the columns image and question, .*; it has 'image;question'"),
+        (b"", "needs the columns image and question, .*; it has no column"),
+        (b"image,question\n", "has no row"),
+        ("image,question\na.png,wo ist das Gr\u00fcne?\n".encode("latin-1"), "is not UTF-8 text"),
+        ("image,question\na.png,what?\n".encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_a_file_without_pairs_is_refused_in_one_sentence(tmp_path, raw, sentence):
+    (tmp_path / "pairs.csv").write_bytes(raw)
+    with pytest.raises(AskError, match=sentence):
         ask.read_pairs(tmp_path / "pairs.csv")
+
+
+def test_a_missing_file_of_pairs_is_named(tmp_path):
+    with pytest.raises(AskError, match=r"none\.csv cannot be read: No such file"):
+        ask.read_pairs(tmp_path / "none.csv")
+
+
+def test_the_mark_that_excel_begins_a_file_with_is_no_part_of_a_column(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes(b"\xef\xbb\xbfimage,question\r\n0.png,what color is the shape?\r\n")
+    assert ask.read_pairs(tmp_path / "pairs.csv") == {"row 1 (line 2)": (tmp_path / "0.png", QUESTION)}
+
+
+def test_bad_rows_are_refused_by_number_and_the_others_answered(deployed, photo):
+    """Too short, too long, an image that is missing, a question that is too long, none at all."""
+    bad = ["photo.png", "photo.png,is it red, or blue?", "none.png,what?", f"photo.png,{'what ' * 40}", "photo.png, "]
+    lines = ["image,question", f"photo.png,{QUESTION}", *bad, f"photo.png,{QUESTION}"]
+    (photo.parent / "pairs.csv").write_text("\n".join(lines))
+    done = run("--pairs", photo.parent / "pairs.csv", "--model", deployed)
+    assert done.returncode == 1
+    assert [row.split(",")[1] for row in done.stdout.splitlines()[1:]] == [QUESTION] * 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    places = [f"error: row {number} (line {number + 1}): " for number in range(2, 7)]
+    assert [any(error.startswith(place) for error in errors) for place in places] == [True] * 5 and len(errors) == 5
+    assert "2 answers" in done.stderr and "5 rows refused" in done.stderr
+
+
+def test_words_that_the_model_never_met_are_named(deployed, photo):
+    done = run(photo, "what colour is the zebra?", "--model", deployed)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3
+    assert 'note: the model never met "colour", "zebra"\n' in done.stderr
+
+
+def test_a_question_that_is_not_utf8_is_one_sentence(deployed, photo):
+    done = run(photo, b"what colo\xfc?", "--model", deployed)
+    assert done.returncode == 1 and done.stderr == "error: the question is not UTF-8 text\n"
+
+
+def test_an_alignment_run_is_refused_in_one_sentence(tmp_path, processor):
+    model = tmp_path / "model"
+    model.mkdir()
+    Processor(processor.tokenizer, [], 64, 32).save(model)
+    with pytest.raises(AskError, match="aligned two towers; it answers no questions"):
+        ask.load(tmp_path)
 
 
 def test_probabilities_are_the_softmax_of_pytorchs_logits(deployed, photo):
@@ -144,7 +202,7 @@ def test_probabilities_are_the_softmax_of_pytorchs_logits(deployed, photo):
     logits, answerer.logits = answerer.logits, lambda **inputs: kept.setdefault("logits", logits(**inputs))
     (row,) = answerer([(photo, QUESTION)])
     powers = np.exp(kept["logits"][0].astype(np.float64))
-    assert np.allclose(row, powers / powers.sum(), atol=1e-6) and len(row) == len(answerer.answers)
+    assert np.allclose(row, powers / powers.sum(), atol=1e-6) and len(row) == len(answerer.processor.answers)
 
 
 def test_threads_sleep_between_questions(deployed):

@@ -1,38 +1,44 @@
-import itertools
+import json
 import re
 import shutil
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from vqa.data.batches import Split
 from vqa.deployment import ask
 from vqa.deployment import deploy as quantize
 from vqa.deployment.deploy import deploy, latency_rows, one_pair
 from vqa.deployment.onnx_int8 import all_logits
 from vqa.evaluation.evaluate import predict
-from vqa.evaluation.metrics import paired_difference
-from vqa.evaluation.timing import interleaved
+from vqa.evaluation.metrics import accuracy_results, paired_difference
+from vqa.evaluation.timing import Arm
 from vqa.models.build import load_vqa_model
 from vqa.run_folder import Run, RunError
-from vqa.training.objectives import split_for
 
 
 @pytest.fixture(scope="module")
-def run(trained, source, tmp_path_factory):
+def run(trained, source, one_rank, tmp_path_factory):
     """The run of the tiny teacher, its head shifted so that it gives all 13 answers: as trained, it says yes to all."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     shutil.copytree(trained["alone"].folder, folder)
     model = load_vqa_model(folder / "model")
     with torch.no_grad():
-        logits = model(**split_for(model, source.splits["test"]).batch(np.arange(32)).inputs())
+        logits = model(**Split(source.splits["test"], model.processor).batch(np.arange(32)).inputs()).logits
         model.answer_head.weight /= logits.std(0)[:, None]
         model.answer_head.bias.sub_(logits.mean(0)).div_(logits.std(0))
     shutil.rmtree(folder / "model")
     model.save(folder / "model")
-    return Run.open(folder)
+    run = Run.open(folder)
+    frames = [predict(model, Split(source.splits[name], model.processor), one_rank) for name in ("validation", "test")]
+    named = [frame.assign(split=name) for name, frame in zip(("validation", "test"), frames, strict=True)]
+    pd.concat(named, ignore_index=True).to_parquet(folder / "predictions.parquet")
+    run.finish(accuracy_results(frames[1], "test"))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +50,7 @@ def value(results, metric, precision, engine=None) -> float:
     (row,) = [
         row
         for row in results
-        if row.metric == metric
-        and row.labels["precision"] == precision
-        and (engine is None or row.labels["engine"] == engine)
+        if row.metric == metric and row.precision == precision and (engine is None or row.engine == engine)
     ]
     return row.value
 
@@ -55,12 +59,12 @@ def value(results, metric, precision, engine=None) -> float:
 def test_the_folder_answers_as_evaluate_does(deployed, run, source, one_rank, tmp_path, precision, margin, tolerance):
     """200 test questions, asked with image files and words; int8 where the two best answers are not a close call."""
     model = load_vqa_model(run.folder / "model")
-    split = split_for(model, source.splits["test"])
+    split = Split(source.splits["test"], model.processor)
     expected = predict(model, split, one_rank).head(200)
     assert len(expected) == 200 and expected["prediction"].nunique() > 5
-    for item in source.splits["test"]:
-        pixels = np.asarray(item["image"], dtype=np.uint8).transpose(1, 2, 0)
-        Image.fromarray(pixels).save(tmp_path / f"{item['image_id']}.png")
+    test = source.splits["test"]
+    for image_id, pixels in zip(test.image_ids, test.pixels(np.arange(len(test))), strict=True):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{image_id}.png")
     answerer = ask.from_deployment(deployed.folder, precision)
     rows = answerer([(tmp_path / f"{row.image_id}.png", row.question) for row in expected.itertuples()])
     answers = np.array([answerer.top(row)[0][0] for row in rows])
@@ -124,9 +128,9 @@ def test_a_failure_leaves_nothing_behind(run, source, tmp_path, monkeypatch):
 
 
 def test_a_run_folder_can_be_asked_too(deployed, run, source, tmp_path):
-    item = source.splits["test"][0]
-    Image.fromarray(np.asarray(item["image"], dtype=np.uint8).transpose(1, 2, 0)).save(tmp_path / "image.png")
-    pair = (tmp_path / "image.png", item["question"][0])
+    test = source.splits["test"]
+    Image.fromarray(test.pixels(np.array([0]))[0].transpose(1, 2, 0)).save(tmp_path / "image.png")
+    pair = (tmp_path / "image.png", test.questions["question"].iloc[0])
     of_run, of_file = ask.load(run.folder), ask.from_deployment(deployed.folder, "fp32")
     assert np.abs(of_run([pair]) - of_file([pair])).max() < 1e-5
 
@@ -139,24 +143,29 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path, monkeypatch, tiny_profi
         deploy(Run(tiny_profile.run("student", seed=77)), source, tmp_path / "made")
 
 
-def test_arms_take_turns_and_settle_first(monkeypatch):
-    """By a clock that only calls move: 9 ms a call settle in three calls, then one is timed; 200 ms in one."""
-    order, clock = [], [0.0]
+def test_an_alignment_is_refused_in_one_sentence(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deploy", str(trained["aligned"].folder), str(tmp_path / "made")])
+    with pytest.raises(SystemExit, match=r"^error: .* aligned two towers; it answers no questions[^\n]*$"):
+        quantize.main()
 
-    def work(name: str, seconds: float) -> None:
-        order.append(name)
-        clock[0] += seconds
 
-    monkeypatch.setattr(quantize.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(quantize, "SETTLING_SECONDS", 0.02)
-    seconds = interleaved({"quick": lambda: work("quick", 0.009), "slow": lambda: work("slow", 0.2)}, {}, rounds=2)
-    assert [(name, len(list(calls))) for name, calls in itertools.groupby(order)] == [("quick", 4), ("slow", 2)] * 2
-    assert seconds["quick"] == pytest.approx([0.009] * 2) and seconds["slow"] == pytest.approx([0.2] * 2)
+def test_a_reordered_answer_list_is_refused(run, source, tmp_path):
+    """Two answers that the model gives, swapped in the run folder: nothing else would notice."""
+    shutil.copytree(run.folder, tmp_path / "swapped")
+    path = tmp_path / "swapped" / "model" / "config.json"
+    config = json.loads(path.read_text())
+    given = run.predictions().query("split == 'test'")["prediction"].value_counts().index
+    first, second = (config["answers"].index(answer) for answer in given[:2])
+    config["answers"][first], config["answers"][second] = given[1], given[0]
+    path.write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"other answers to .* than it recorded"):
+        deploy(Run.open(tmp_path / "swapped"), source, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_pair_alone_gets_the_answer_it_gets_among_others(deployed, source):
     """Whatever its question is filled up to; measured: 4e-7 apart."""
-    split = split_for(deployed.model, source.splits["test"])
+    split = Split(source.splits["test"], deployed.model.processor)
     together, logits = all_logits(quantize.eager(deployed.model), split), quantize.eager(deployed.model)
     for pair in (0, 1, 17, len(split.frame) - 1):
         for tokens in (0, 20):
@@ -166,6 +175,7 @@ def test_a_pair_alone_gets_the_answer_it_gets_among_others(deployed, source):
 
 
 def test_latency_rows_are_in_milliseconds():
-    rows = latency_rows({("int8", "ONNX Runtime"): [0.001, 0.002, 0.003]}, model="student")
+    labels = {"model": "student", "precision": "int8", "engine": "ONNX Runtime"}
+    rows = latency_rows(Arm(labels, print, seconds=[0.001, 0.002, 0.003]))
     assert [(row.metric, row.value) for row in rows] == [("latency_p50_ms", 2.0), ("latency_p95_ms", 2.9)]
-    assert rows[0].labels == {"precision": "int8", "engine": "ONNX Runtime", "model": "student"}
+    assert (rows[0].model, rows[0].precision, rows[0].engine) == ("student", "int8", "ONNX Runtime")

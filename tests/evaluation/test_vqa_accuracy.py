@@ -1,4 +1,7 @@
+import csv
+import json
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,3 +66,12 @@ def test_answers_are_compared_as_the_evaluation_page_says(written, compared):
 
 def test_people_and_model_are_treated_alike():
     assert agreement("The Dog", ["a dog"] * 3 + ["dog."] + ["cat"] * 6) == 1
+
+
+def test_scores_are_those_of_the_official_script():
+    """The judge: scores that the official script gave to these answers, its oddities included."""
+    with (Path(__file__).parent / "official_accuracy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [agreement(row["prediction"], json.loads(row["answers_json"])) for row in rows]
+    assert len(rows) > 100
+    assert found == pytest.approx([float(row["official_accuracy"]) for row in rows], abs=1e-9)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vqa.experiments.measurement import BenchmarkConfig
+from vqa.config import MeasurementConfig
 from vqa.experiments.quantization_aware import (
     FINE_TUNED,
     IN_FILE,
@@ -59,7 +59,7 @@ def test_ddp_was_in_the_way_of_export_and_taking_it_off_is_enough(one_rank):
     inside = DistributedDataParallel(network)
     wrapped, unwrapped = exported("DDP", inside, given), exported("unwrapped", inside.module, given)
     assert (wrapped.value, unwrapped.value) == (0, 1)
-    assert wrapped.labels["engine"].startswith("DDP: ") and unwrapped.labels["engine"] == "unwrapped"
+    assert wrapped.arm.startswith("DDP: ") and unwrapped.arm == "unwrapped"
 
 
 def test_fine_tuning_is_the_same_on_one_rank_and_on_two(trained, tiny_profile):
@@ -72,11 +72,11 @@ def test_fine_tuning_is_the_same_on_one_rank_and_on_two(trained, tiny_profile):
         "distillation__token_weight": 0.0,
     }
     configs = [tiny_profile.run("teacher", launch__world_size=ranks, **taught) for ranks in (1, 2)]
-    runs = launch([Run(BenchmarkConfig(kind="qat", run=run, steps=2), "vqa.experiments") for run in configs], at_once=2)
+    runs = launch([Run(MeasurementConfig(kind="quantization_aware", runs=[run])) for run in configs], at_once=2)
     for run in runs:
-        accuracy = {row.labels["precision"]: row.value for row in run.results() if row.metric == "accuracy"}
-        assert list(accuracy) == ["fp32", POST_TRAINING, FINE_TUNED, IN_FILE]
-        assert accuracy["fp32"] == pytest.approx(trained["alone"].result("accuracy").value)
+        accuracy = {row.arm: row.value for row in run.results() if row.metric == "accuracy"}
+        assert list(accuracy) == ["", POST_TRAINING, FINE_TUNED, IN_FILE]
+        assert accuracy[""] == pytest.approx(trained["alone"].result("accuracy").value)
         assert accuracy[IN_FILE] == pytest.approx(accuracy[FINE_TUNED], abs=5)
         assert [row.value for row in run.results() if row.metric == "exported"] == [1, 0]
     one, two = (run.metrics()["loss"].dropna().iloc[0] for run in runs)

@@ -1,32 +1,28 @@
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from vqa.data import source as sources
 from vqa.data.batches import EpochPlan
 from vqa.experiments import scaling_speed as scaling
-from vqa.experiments.scaling_parity import arm_name, compared, earlier_form, parity, parity_configs
-from vqa.experiments.scaling_speed import KNOBS, Arm, Way, shared_share
+from vqa.experiments.jobs import parity_configs
+from vqa.experiments.measurement import Measurement
+from vqa.experiments.scaling_parity import arm_name, compared, parity
+from vqa.experiments.scaling_speed import OPTIONS, StepVariant, VariantArm, shared_share, step_results
 from vqa.experiments.step_time_model import BUCKET_BYTES, exposed_seconds, predictions
 from vqa.run_folder import Run
 from vqa.study.launch import launch
-from vqa.study.records import record
-from vqa.study.report import Report
 from vqa.training.objectives import Answers
 
 
 @pytest.fixture(scope="module")
 def jobs(tiny_profile, source, one_rank) -> list[Run]:
     """The parity jobs of one rank, in this process, and of two, in processes of their own."""
-    alone, pair = (
-        Run(config, "vqa.experiments.scaling_speed") for config in parity_configs([tiny_profile.run("teacher")], [1, 2])
-    )
+    alone, pair = (Run(config) for config in parity_configs([tiny_profile.run("teacher")], [1, 2]))
     with alone.writing():
-        alone.finish(parity(alone.config, source, one_rank, alone))
+        alone.finish(parity(Measurement(alone.config, source, one_rank, alone)))
     launch(pair)
     return [alone, pair]
 
@@ -37,7 +33,7 @@ def test_a_parity_job_keeps_what_the_training_loop_did(jobs, source, tiny):
     plans = [EpochPlan.make(64, 16, tiny.seed, epoch, flips=True).steps for epoch in range(2)]
     for arrays in kept:
         assert [set(step) for step in arrays["images"]] == [set(step) for step in np.concatenate(plans)]
-        assert int(arrays["answered"]) == len(sources.pairs(source.splits["test"]))
+        assert int(arrays["answered"]) == len(source.splits["test"].questions)
     assert kept[1]["losses"] == pytest.approx(kept[0]["losses"], rel=2e-6)
     assert kept[1]["gradient"] == pytest.approx(kept[0]["gradient"], abs=1e-5)
     assert np.linalg.norm(kept[0]["gradient"]) == pytest.approx(1, rel=1e-4)  # clipped to max_grad_norm
@@ -55,22 +51,13 @@ def test_only_the_job_of_many_ranks_is_compared(jobs):
     assert two["steps_with_other_images"] == two["questions_right_difference"] == 0
 
 
-def test_the_curves_drawn_are_the_losses(jobs, tiny_profile, tmp_path):
-    report = Report(tmp_path, tiny_profile)
-    for run in jobs:
-        record(run, tmp_path / "records" / "04_scaling")
-    top, bottom = report.draw("parity_curves").axes
-    assert [list(line.get_ydata()) for line in top.lines] == [run.metrics()["loss"].tolist() for run in jobs]
-    assert top.get_title() == "answers" and max(bottom.lines[0].get_ydata()) < 2e-6
-
-
 def test_differences_are_found(tmp_path):
     """Losses apart by 1 % in step 3, by 50 % after the compared steps; other images in one step; a longer gradient."""
     losses, images, gradient = np.ones(60), np.arange(120).reshape(60, 2), np.array([3.0, 4.0])
     np.savez(tmp_path / "one.npz", losses=losses, images=images, gradient=gradient, right=5, answered=9)
     losses[2], losses[55], images[7] = 1.01, 1.5, 0
     np.savez(tmp_path / "two.npz", losses=losses, images=images, gradient=gradient * [1, 1.125], right=3, answered=9)
-    rows = {row.metric: row.value for row in compared(tmp_path / "one.npz", tmp_path / "two.npz", {})}
+    rows = {row.metric: row.value for row in compared(tmp_path / "one.npz", tmp_path / "two.npz", "answers")}
     assert rows == pytest.approx(
         {
             "loss_max_relative_difference": 0.01,
@@ -82,12 +69,15 @@ def test_differences_are_found(tmp_path):
     )
 
 
-def test_an_accumulated_step_is_the_step_of_its_global_batches_at_once(tiny_profile, source, one_rank):
+def test_an_accumulated_step_is_the_step_of_its_global_batches_at_once(tiny_profile, measurement):
     """Transformers only. Four global batches of 16 against one of 64, at equal rates; two steps."""
     sizes = ({"train__global_batch_size": 64, "train__epochs": 8}, {})
     runs = (tiny_profile.run("teacher", **size) for size in sizes)
-    arms = [Arm(Way(1, accumulated), run, source, one_rank, None) for accumulated, run in enumerate(runs)]
-    assert [arm.way.parts for arm in arms] == [1, 4] and [arm.images for arm in arms] == [64, 64]
+    arms = [
+        VariantArm(StepVariant(1, bool(accumulated)), run, measurement("speed", run), None)
+        for accumulated, run in enumerate(runs)
+    ]
+    assert [arm.variant.parts for arm in arms] == [1, 4] and [arm.images for arm in arms] == [64, 64]
     for arm in arms:
         start = [p.detach().clone() for p in arm.trainer.model.parameters()]
         for _ in range(2):
@@ -100,16 +90,21 @@ def test_an_accumulated_step_is_the_step_of_its_global_batches_at_once(tiny_prof
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_rank_takes_whole_global_batches_where_it_accumulates_and_its_share_where_not(
-    ranks, tiny, source, one_rank, monkeypatch
+    ranks, tiny, one_rank, measurement, monkeypatch
 ):
-    """As the last rank of its Way takes them: micro-batches of 16 images, whatever the number of ranks."""
-    last = replace(one_rank, rank=ranks - 1)
-    for way, images in ((Way(ranks, True), 16), (Way(ranks), 16 // ranks), (Way(1, half=True), 8)):
+    """As the last rank of its variant takes them: micro-batches of 16 images, whatever the number of ranks."""
+    m = measurement("speed", tiny)
+    last = replace(m, rank=replace(one_rank, rank=ranks - 1))
+    for variant, images in (
+        (StepVariant(ranks, True), 16),
+        (StepVariant(ranks), 16 // ranks),
+        (StepVariant(1, half=True), 8),
+    ):
         taken = []
-        arm = Arm(replace(way, exchange=False), tiny, source, last if way.ranks > 1 else one_rank, None)
+        arm = VariantArm(replace(variant, exchange=False), tiny, last if variant.ranks > 1 else m, None)
         monkeypatch.setattr(arm.trainer, "update", lambda batches, images, taken=taken: taken.extend(batches))
         arm.step(np.arange(64))
-        assert [len(batch.pixel_values) for batch in taken] == [images] * arm.way.parts
+        assert [len(batch.pixel_values) for batch in taken] == [images] * arm.variant.parts
 
 
 def test_an_exchange_is_timed_without_the_computing(tiny, source, one_rank, monkeypatch):
@@ -118,17 +113,18 @@ def test_an_exchange_is_timed_without_the_computing(tiny, source, one_rank, monk
         scaling, "_backward_seconds", lambda module: 5.0 if isinstance(module, DistributedDataParallel) else 2.0
     )
     model = Answers(tiny, source, one_rank).model
-    assert scaling._exchange_seconds(model, one_rank, torch.distributed.group.WORLD, 1) == 3.0
+    assert scaling.exchange_seconds(model, one_rank, torch.distributed.group.WORLD, 1) == 3.0
 
 
 def test_touching_every_weight_gives_every_weight_a_gradient_of_ones(model):
-    assert scaling._backward_seconds(scaling._Touched(model)) > 0
+    assert scaling._backward_seconds(scaling.TouchAll(model)) > 0
     assert all((weight.grad == 1).all() for weight in model.parameters())
 
 
-@pytest.mark.parametrize("knob", KNOBS)
-def test_an_option_reaches_ddp(knob, tiny, source, one_rank):
-    model = Arm(Way(2, knob=knob), tiny, source, one_rank, torch.distributed.group.WORLD).trainer.model
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_reaches_ddp(option, tiny, measurement):
+    variant, m = StepVariant(2, option=option), measurement("speed", tiny)
+    model = VariantArm(variant, tiny, m, torch.distributed.group.WORLD).trainer.model
     found = {
         "gradient_as_bucket_view": model.gradient_as_bucket_view,
         "static_graph": model.static_graph,
@@ -137,20 +133,39 @@ def test_an_option_reaches_ddp(knob, tiny, source, one_rank):
         "one bucket": model.bucket_bytes_cap == 1000 * 2**20,
         "bf16 gradients": bool(model._comm_hooks),
     }
-    assert [name for name, on in found.items() if on] == [knob]
+    assert [name for name, on in found.items() if on] == [option]
 
 
-def test_a_rank_outside_the_way_takes_no_step(tiny, source, one_rank):
-    third = one_rank.__class__(2, 2, 1, one_rank.device)
-    arm = Arm(Way(2), tiny, source, third, None)
+def test_a_rank_outside_the_variant_takes_no_step(tiny, one_rank, measurement, monkeypatch):
+    third = replace(measurement("speed", tiny), rank=replace(one_rank, rank=2))
+    arm = VariantArm(StepVariant(2), tiny, third, None)
+    monkeypatch.setattr(arm.trainer, "update", lambda *_: pytest.fail("took a step"))
     arm.step(np.arange(16))
-    assert arm.seconds == []
+
+
+def test_step_times_and_what_they_are_over_each_other():
+    """On one rank 1 s, on two 0.8 s, 0.6 s of them without exchange; the exchange alone takes 0.1 s."""
+    times = {
+        StepVariant(1): 1.0,
+        StepVariant(2): 0.8,
+        StepVariant(2, exchange=False): 0.6,
+        StepVariant(1, half=True): 0.5,
+        StepVariant(2, option="static_graph"): 0.4,
+    }
+    rows = step_results({variant: np.full(3, seconds) for variant, seconds in times.items()}, {2: 0.1})
+    found = {(row.metric, row.arm, row.world_size): row.value for row in rows}
+    assert found["scaling_efficiency", "plain", 2] == pytest.approx(1 / (2 * 0.8))
+    assert found["scaling_efficiency", "half the images", 1] == pytest.approx(1 / (2 * 0.5))
+    assert found["predicted_step_seconds", "plain", 2] == pytest.approx(0.7)
+    assert found["measured_over_predicted_ratio", "plain", 2] == pytest.approx(0.8 / 0.7)
+    assert found["step_time_ratio", "static_graph", 2] == pytest.approx(0.5)
+    assert found["step_seconds", "no exchange", 2] == pytest.approx(0.6) and len(rows) == 5 + 4 + 2 + 1
 
 
 def test_arms_are_named_by_what_they_learn_and_by_batch_statistics(tiny_profile):
     teacher, student = (tiny_profile.run(role) for role in ("teacher", "student"))
-    stem = tiny_profile.run("teacher", model__image_encoder__stem="conv")
-    assert [arm_name(run) for run in (teacher, student, stem)] == ["answers", *["answers, BatchNorm"] * 2]
+    stems = [tiny_profile.run("teacher", model__image_encoder__stem=stem) for stem in ("conv", "strided")]
+    assert [arm_name(run) for run in (teacher, student, *stems)] == ["answers", *["answers, BatchNorm"] * 3]
 
 
 @pytest.mark.parametrize(
@@ -180,16 +195,3 @@ def test_overlap_counts_covered_time_once():
     """All-reduces cover 0-4 and 6-8; computing covers 3-7: of 6 units, 2."""
     assert shared_share([[0, 4], [1, 2], [6, 8]], [[3, 5], [4, 7]]) == pytest.approx(2 / 6)
     assert shared_share([[0, 1]], [[2, 3]]) == 0
-
-
-def test_the_table_in_the_earlier_form():
-    values = {"final_loss": 0.5, "questions_right": 9, "questions_answered": 12}
-    rows = [
-        {"engine": "answers", "world_size": n, "metric": metric, "value": value}
-        for n in (1, 2)
-        for metric, value in (values | ({"loss_max_relative_difference": 3e-5} if n > 1 else {})).items()
-    ]
-    rows += [{"engine": "plain", "world_size": n, "metric": "step_seconds", "value": 0.3 / int(n)} for n in "12"]
-    table = earlier_form(pd.DataFrame(rows))
-    assert table["accuracy, %"].tolist() == ["75.00"] * 2 and table["relative speed"].tolist() == ["1.00×", "2.00×"]
-    assert table["note"].tolist() == ["the reference", "loss curve within 3e-05 of one rank's"]

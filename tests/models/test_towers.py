@@ -12,11 +12,10 @@ import torchvision
 import transformers
 from torchvision.transforms import v2
 
-from vqa.config import ConfigError, ImageEncoderConfig, TextEncoderConfig
-from vqa.models.image_towers import ConvStem, image_encoder
+from vqa.config import ConfigError, ResNet18Config, TextTowerConfig, ViTConfig
+from vqa.models.image_towers import ConvStem
+from vqa.models.parts import IMAGE_TOWERS, TEXT_TOWERS, parameter_count
 from vqa.models.pretrained import pretrained_tokenizer
-from vqa.models.text_towers import text_encoder
-from vqa.models.vqa_model import parameter_count
 
 VOCABULARY = 30522
 TINY = {"width": 32, "layers": 2, "heads": 2}
@@ -32,8 +31,9 @@ WITH_HEADS = {
 def tower(kind: str, vocabulary: int = 50, **settings) -> torch.nn.Module:
     if kind in ("vit", "resnet18"):
         size = 224 if settings.get("width", 768) == 768 else 32
-        return image_encoder(ImageEncoderConfig(kind=kind, **settings), image_size=size, dropout=0.0)
-    return text_encoder(TextEncoderConfig(kind=kind, **settings), vocabulary, dropout=0.0)
+        config = (ViTConfig if kind == "vit" else ResNet18Config)(kind=kind, **settings)
+        return IMAGE_TOWERS[kind](config, size, dropout=0.0)
+    return TEXT_TOWERS[kind](TextTowerConfig(kind=kind, **settings), vocabulary, dropout=0.0)
 
 
 def library_part(encoder: torch.nn.Module) -> torch.nn.Module:
@@ -103,7 +103,7 @@ def test_resnet18_with_torchvisions_weights_sees_what_torchvisions_sees(torchvis
 
 
 def test_torchvisions_weights_need_torchvisions_width(torchvision_weights):
-    with pytest.raises(ConfigError, match="IMAGENET1K_V1"):
+    with pytest.raises(ConfigError, match="IMAGENET1K_V1 has width 512 and the profile asks for 256"):
         tower("resnet18", width=256, pretrained="IMAGENET1K_V1")
 
 
@@ -151,7 +151,7 @@ def test_an_heir_of_alternate_layers_reads_as_the_bert_that_has_no_others(depth,
     with torch.no_grad():
         for value in bert.parameters():
             value += 0.3 * torch.randn_like(value)
-        heir.inherit(bert)
+        heir.init_from_teacher(bert)
         whole = bert.text.encoder.layer
         bert.text.encoder.layer = torch.nn.ModuleList(whole[place] for place in chosen)
         ids, mask = torch.randint(1, 50, (3, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
@@ -160,14 +160,14 @@ def test_an_heir_of_alternate_layers_reads_as_the_bert_that_has_no_others(depth,
     assert (ours.pooled - theirs.pooled).abs().max() < 1e-5
 
 
-def public_folder(kind: str, folder: Path) -> torch.nn.Module:
-    """A tiny model with a head, saved as the hub has them; gives the model."""
+def public_folder(kind: str, folder: Path, **more) -> torch.nn.Module:
+    """A tiny model with a head, saved as the hub has them; gives the model. `more` goes into its config."""
     names = {"vit": {"image_size": 32}, "bert": {"vocab_size": 50}, "distilbert": {"vocab_size": 50}}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     if kind == "distilbert":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 128}
     torch.manual_seed(0)
-    model = WITH_HEADS[kind](LIBRARY[kind](**sizes, **names[kind])).eval()
+    model = WITH_HEADS[kind](LIBRARY[kind](**sizes | names[kind] | more)).eval()
     model.save_pretrained(folder)
     return model
 
@@ -183,12 +183,70 @@ def test_public_weights_are_read_from_a_folder_in_the_hubs_format(kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "distilbert"])
-@pytest.mark.parametrize("wrong", [{"width": 64}, {"layers": 3}])
-def test_public_weights_of_another_shape_are_refused(kind, wrong, tmp_path):
+@pytest.mark.parametrize("wrong", [{"width": 64}, {"layers": 3}, {"layers": 1}, {"heads": 4}])
+def test_public_weights_of_another_shape_are_refused_with_both_values(kind, wrong, tmp_path):
+    """Fewer layers, or other heads, would load without a word."""
     public_folder(kind, tmp_path)
+    ((key, value),) = wrong.items()
     with pytest.raises(ConfigError) as caught:
         tower(kind, pretrained=str(tmp_path), **TINY | wrong)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    asked = f"{tmp_path} has {key} {TINY[key]} and the profile asks for {value}: set it to {TINY[key]}"
+    assert str(caught.value) == asked
+
+
+OTHERWISE = {  # what a profile does not say and public weights may have otherwise than the library's default
+    "vit": {"hidden_act": "relu", "layer_norm_eps": 0.1},
+    "bert": {"hidden_act": "relu", "layer_norm_eps": 0.1},
+    "distilbert": {"activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_public_weights_compute_what_they_were_trained_to(kind, tmp_path, pixels):
+    """The judge is the library's own model. Without its activation and epsilon the difference is above 0.01."""
+    judge = public_folder(kind, tmp_path, **OTHERWISE[kind]).base_model
+    ours = library_part(tower(kind, pretrained=str(tmp_path), **TINY)).eval()
+    given = pixels[:, :, :32, :32] / 255 if kind == "vit" else torch.arange(1, 8)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(given).last_hidden_state, judge(given).last_hidden_state)
+
+
+def test_pixels_are_normalised_as_the_public_weights_say(tmp_path, pixels):
+    public_folder("vit", tmp_path)
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    expected = v2.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])(pixels / 255)
+    found = tower("vit", pretrained=str(tmp_path), **TINY).normalize(pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_another_kind_of_model_is_named(tmp_path):
+    public_folder("vit", tmp_path)
+    with pytest.raises(ConfigError, match=f"^{tmp_path} is a vit and the profile asks for a bert$"):
+        tower("bert", pretrained=str(tmp_path), **TINY)
+
+
+@pytest.mark.parametrize("stem", ["conv", "strided"])
+def test_a_stem_of_convolutions_is_refused_with_public_weights(stem, tmp_path):
+    public_folder("vit", tmp_path)
+    with pytest.raises(ConfigError, match=f"^stem {stem} would throw away the patch projection of {tmp_path}: "):
+        tower("vit", pretrained=str(tmp_path), stem=stem, **TINY)
+
+
+def test_a_git_lfs_pointer_is_told_from_weights(tmp_path):
+    public_folder("bert", tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 440449768\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ConfigError, match=r"^\S+/model.safetensors is a Git LFS pointer and holds no weights: [^\n]+$"):
+        tower("bert", pretrained=str(tmp_path), **TINY)
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    public = public_folder("bert", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    public.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = library_part(tower("bert", pretrained=str(tmp_path), **TINY))
+    assert all(value.equal(public.base_model.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])

@@ -1,22 +1,25 @@
+"""Jobs: started once, stopped whole, and their failures told in a sentence."""
+
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from vqa.config import ConfigError
+from vqa.config import ConfigError, MeasurementConfig, RunConfig
 from vqa.run_folder import Run, RunError
-from vqa.study.launch import Job, LaunchError, launch
+from vqa.study.launch import COMMANDS, Job, LaunchError, launch
 
 LAUNCHER = """
 import signal, sys
 from pathlib import Path
-from vqa.launch import launch
-from vqa.runs import Run
+from vqa.run_folder import Run
+from vqa.study.launch import launch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
 launch(Run.open(Path(sys.argv[1])))
 """
@@ -66,8 +69,9 @@ def test_a_run_that_another_process_writes_is_refused_before_anything_starts(tin
         assert {path: path.read_bytes() for path in run.folder.iterdir()} == before
 
 
-def test_a_job_without_a_sentence_is_reported_by_its_log_and_can_be_stopped_after_its_end(tiny):
-    run = Run(tiny.model_copy(update={"seed": 99}), module="no.such.module")
+def test_a_job_without_a_sentence_is_reported_by_its_log_and_can_be_stopped_after_its_end(tiny, monkeypatch):
+    monkeypatch.setitem(COMMANDS, RunConfig, "no.such.module")
+    run = Run(tiny.model_copy(update={"seed": 99}))
     job = Job(run, tag=False)
     while not job.ended(seconds=0.5):
         pass
@@ -75,6 +79,55 @@ def test_a_job_without_a_sentence_is_reported_by_its_log_and_can_be_stopped_afte
         job.check()
     assert "No module named" in (run.folder / "launch.log").read_text()
     job.stop()
+
+
+def test_a_measurement_is_computed_by_the_experiments_and_a_run_by_training(tiny, monkeypatch):
+    commands = []
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **_: commands.append(command) or SimpleNamespace(stdout=[])
+    )
+    for config in (tiny, MeasurementConfig(kind="overfit", runs=[tiny])):
+        Job(Run(config), tag=False)
+        assert f"{Run(config).folder}/torchrun" in commands[-1]  # torchrun's folder, not one in the temporary folder
+    assert [command[command.index("-m", 8) + 1] for command in commands] == ["vqa.training.train", "vqa.experiments"]
+
+
+@pytest.fixture
+def job_that_prints(tiny, monkeypatch):
+    """Gives a function that makes a Job of a process which prints the given lines and ends with a status."""
+
+    def start(*lines: str, status: int = 1) -> Job:
+        text = "".join(f"{line}\n" for line in lines)
+        code = f"import os, sys; print({text!r}, end='', flush=True); os._exit({status})"
+        monkeypatch.setattr("vqa.study.launch._command", lambda run: [sys.executable, "-c", code])
+        job = Job(Run(tiny.model_copy(update={"seed": 97})), tag=False)
+        assert job.ended(seconds=20)
+        return job
+
+    return start
+
+
+def test_progress_goes_on_after_a_warning_and_ends_with_a_failure(job_that_prints, capsys):
+    job = job_that_prints(
+        "epoch 1",
+        "W1125 12:00:00.123 torch/distributed/run.py:852] a warning",
+        "[rank0]:[W1125 12:00:00.123 ProcessGroup.cpp:1] another",
+        "epoch 2",
+        "[rank1]: Traceback (most recent call last):",
+        "error: the disk is full",
+        "E1125 12:00:01.123 torch/distributed/elastic] failed (exitcode: 1) local_rank: 0 (pid: 1) of binary: python",
+    )
+    assert capsys.readouterr().out == "epoch 1\nepoch 2\n"
+    with pytest.raises(LaunchError, match=r"^the disk is full$"):
+        job.check()
+    assert "another" in (job.run.folder / "launch.log").read_text()
+
+
+def test_a_killed_rank_is_named_with_its_signal_and_what_it_usually_means(job_that_prints):
+    line = "failed (exitcode: -9) local_rank: 1 (pid: 12) of binary: python"
+    job = job_that_prints("epoch 1", f"E1125 12:00:01.123 torch/distributed/elastic] {line}")
+    with pytest.raises(LaunchError, match=r"^rank 1 was ended by SIGKILL \(most likely the machine ran out of memory"):
+        job.check()
 
 
 def test_missing_gpus_are_reported_before_anything_starts(tiny_profile):

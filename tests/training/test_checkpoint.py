@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vqa.training import checkpoint
-from vqa.training.checkpoint import CheckpointError, damage, forget, newest, save, steps
+from vqa.training.checkpoint import CheckpointError, damage, newest, remove_all, save, steps
 
 FINGERPRINT = {"configuration": "abc", "data": "def"}
 
@@ -30,8 +30,7 @@ def three(tmp_path):
 
 
 def found(folder, fingerprint=FINGERPRINT):
-    said = []
-    return newest(folder, fingerprint, said.append), said
+    return newest(folder, fingerprint)
 
 
 def test_the_last_two_are_kept_and_give_back_what_was_saved(three):
@@ -111,7 +110,7 @@ def test_one_step_can_be_saved_again(three):
 
 
 def test_a_finished_run_keeps_only_its_best(three):
-    forget(three)
+    remove_all(three)
     assert [path.name for path in three.iterdir()] == [checkpoint.BEST]
 
 
@@ -126,7 +125,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from torch import nn
-from vqa.checkpoint import CheckpointError, save
+from vqa.training.checkpoint import CheckpointError, save
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
     save(Path(sys.argv[1]), 11, nn.Linear(300, 20), {"moment": list(range(9000))}, {})

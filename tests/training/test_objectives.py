@@ -9,8 +9,8 @@ from vqa.distributed import Rank
 from vqa.models.build import load_vqa_model, vqa_model
 from vqa.run_folder import Run
 from vqa.training import train as training
-from vqa.training.losses import answer_loss
-from vqa.training.objectives import Answers, Distillation
+from vqa.training.distillation import Distillation
+from vqa.training.objectives import Answers
 from vqa.training.train import Trainer
 
 IMAGES = np.arange(16)
@@ -41,7 +41,8 @@ def test_without_the_teachers_terms_the_loss_is_that_of_the_labels(objective_of)
     objective = objective_of(alpha=0.0, features=0.0, tokens=0.0)
     batch = objective.train_split.batch(IMAGES, FLIPS)
     objective.model.eval()
-    expected = answer_loss(objective.model(**batch.inputs()), batch.labels, len(batch))
+    chances = objective.model(**batch.inputs()).logits.log_softmax(-1)
+    expected = -chances[torch.arange(len(batch)), batch.labels].sum() / len(batch)
     assert step_loss(objective).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -60,8 +61,8 @@ def test_a_student_with_its_teachers_weights_has_nothing_to_learn(objective_of, 
     objective = objective_of(alpha=1.0, features=0.0, tokens=1.0, role="teacher")
     objective.model.load_state_dict(load_vqa_model(untrained_teacher.folder / "model").state_dict())
     centre, spread, projection = (
-        objective.targets.centre[2],
-        objective.targets.spread[2],
+        objective.cache.centre[2],
+        objective.cache.spread[2],
         objective.network.token_projection,
     )
     projection.load_state_dict({"weight": torch.diag(1 / spread), "bias": -centre / spread})
@@ -109,7 +110,7 @@ def test_an_heir_reads_as_its_teacher_from_the_start(tiny_profile, untrained_tea
 
 
 def test_a_distilled_run_keeps_a_plain_student_and_names_its_teacher(
-    tiny_profile, untrained_teacher, one_rank, tokenizer, source
+    tiny_profile, untrained_teacher, one_rank, processor
 ):
     before = (untrained_teacher.folder / "model" / "model.safetensors").read_bytes()
     run = Run(tiny_profile.run("student", distilled=True))
@@ -119,7 +120,7 @@ def test_a_distilled_run_keeps_a_plain_student_and_names_its_teacher(
     finally:
         torch.use_deterministic_algorithms(False)
     assert (untrained_teacher.folder / "model" / "model.safetensors").read_bytes() == before
-    alone = vqa_model(run.config.model, tokenizer, source.answers, run.config.data.image_size)
+    alone = vqa_model(run.config.model, processor)
     assert load_file(run.folder / "model" / "model.safetensors").keys() == alone.state_dict().keys()
     assert run.environment()["teacher"]["run"] == untrained_teacher.folder.name
     assert run.result("accuracy").value > 0

@@ -13,16 +13,14 @@ from safetensors.torch import load_file
 
 from vqa import run_folder as runs
 from vqa.config import ConfigError, save_yaml
-from vqa.data import source as sources
 from vqa.data.batches import EpochPlan
 from vqa.distributed import Rank
 from vqa.evaluation.evaluate import predict
 from vqa.models.vqa_model import AlignmentModel
 from vqa.run_folder import Run, RunError
 from vqa.training import train as training
-from vqa.training.logger import TrainingError
 from vqa.training.objectives import Answers
-from vqa.training.train import Trainer, optimizer, spans
+from vqa.training.train import Trainer, TrainingError, optimizer, spans
 
 
 def sha256(path: Path) -> str:
@@ -71,7 +69,7 @@ def test_two_ranks_learn_what_one_learns(trained):
 @pytest.mark.parametrize("name", ["alone", "pair"])
 def test_every_question_is_answered_exactly_once(trained, source, name):
     records = trained[name].predictions()
-    expected = pd.concat([sources.pairs(source.splits[s]).assign(split=s) for s in ("validation", "test")])
+    expected = pd.concat([source.splits[s].questions.assign(split=s) for s in ("validation", "test")])
     columns = ["split", "image_id", "question_id", "question", "question_type", "answer"]
     pd.testing.assert_frame_equal(records[columns], expected[columns].reset_index(drop=True), check_dtype=False)
     assert (records["correct"] == (records["prediction"] == records["answer"])).all()
@@ -100,7 +98,7 @@ def test_the_aligned_parent_comes_first_and_gives_towers_and_vocabulary(trained,
     assert (parent.folder / "results.json").stat().st_mtime < (child.folder / "env.json").stat().st_mtime
     aligned = AlignmentModel.from_pretrained(parent.folder / "model")
     start = Answers(child.config, source, one_rank).model
-    assert start.tokenizer.get_vocab() == aligned.tokenizer.get_vocab()
+    assert start.processor.tokenizer.get_vocab() == aligned.processor.tokenizer.get_vocab()
     for tower in ("image_encoder", "text_encoder"):
         ours, theirs = (getattr(model, tower).state_dict() for model in (start, aligned))
         assert all(ours[name].equal(value) for name, value in theirs.items())
@@ -137,12 +135,6 @@ def test_the_model_that_is_kept_is_the_best_not_the_last(tiny_profile, train_her
     assert validations[-1] < max(validations) == pytest.approx(run.result("accuracy", "validation").value)
 
 
-def test_training_stops_when_patience_ends(tiny_profile, train_here):
-    """At a rate that changes nothing the first epoch stays the best."""
-    run = train_here(tiny_profile.run("teacher", train__epochs=9, train__lr=1e-12, train__patience=2))
-    assert run.finished and run.metrics()["validation"].count() == 3
-
-
 def test_what_a_run_starts_from_is_trained_first_if_nobody_has(tiny_profile, one_rank, tmp_path, monkeypatch):
     """As `python -m vqa.training.train` does; the second time the finished parent stays as it is."""
     monkeypatch.setattr(runs, "RUNS", tmp_path)
@@ -170,8 +162,8 @@ def test_a_rank_that_does_not_see_the_run_folder_is_told_of_before_training(tiny
 def test_a_data_set_is_built_by_one_rank_of_those_that_share_a_disk(rank, builds_on_turn, tiny, one_rank, monkeypatch):
     """The main rank first, alone; then local rank 0 of each other host, then all others; each loads once."""
     turns, loaded = [], []
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: turns.append(None))
-    monkeypatch.setattr(sources, "load", lambda data: loaded.append(len(turns)) or "source")
+    monkeypatch.setattr(training, "barrier", lambda: turns.append(None))
+    monkeypatch.setattr(training, "load", lambda data: loaded.append(len(turns)) or "source")
     monkeypatch.setattr(training, "main_first", lambda work, rank: work() if rank.is_main else None)
     assert training.load_data(tiny, Rank(*rank, 8, one_rank.device)) == "source"
     assert loaded == [builds_on_turn] and len(turns) == 2
@@ -203,6 +195,40 @@ def test_one_batch_can_be_learned_by_heart(role, tiny_profile, trainer_of, one_r
 def first_step(trainer: Trainer) -> tuple[float, float]:
     images = np.arange(16)
     return tuple(value.item() for value in trainer.update([trainer.split.batch(images)], images))
+
+
+def test_the_optimizer_meets_a_clipped_gradient(tiny_profile, trainer_of):
+    """Norm and direction of what it is given; the norm that is reported is the one before clipping."""
+    gradients = []
+    for limit in (1e9, 0.5):
+        trainer = trainer_of(tiny_profile.run("teacher", train__max_grad_norm=limit))
+        trainer.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: gradients.append(
+                torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]])
+            )
+        )
+        reported = first_step(trainer)[1]
+        assert reported == pytest.approx(gradients[0].norm().item(), rel=1e-6) and reported > 0.6
+    free, clipped = gradients
+    assert clipped.norm().item() == pytest.approx(0.5, rel=1e-4)
+    torch.testing.assert_close(clipped, free * (0.5 / free.norm()), rtol=1e-4, atol=1e-8)
+
+
+def test_each_step_says_what_it_did(tiny_profile, trainer_of):
+    """Two epochs from the start, and one gone on with after its first step."""
+    trainer, steps = trainer_of(tiny_profile.run("teacher", train__gradient_accumulation_steps=2)), []
+    for epoch in range(2):
+        trainer.epoch(epoch, steps.append)
+    assert [(step.epoch, step.step) for step in steps] == [(epoch, step) for epoch in range(2) for step in range(4)]
+    plans = [EpochPlan.make(64, 16, trainer.config.seed, epoch, trainer.config.data.flips) for epoch in range(2)]
+    for step, images in zip(steps, np.concatenate([plan.steps for plan in plans]), strict=True):
+        assert step.images.tolist() == images.tolist() and step.pairs == len(trainer.split.pairs_of(images))
+        assert step.loss > 0 and step.norm > 0
+    assert steps[-1].lr == 0.0 < steps[-2].lr
+    trainer, steps = trainer_of(tiny_profile.run("teacher")), []
+    trainer.update([trainer.split.batch(np.arange(16))], np.arange(16))
+    trainer.epoch(0, steps.append)
+    assert [step.step for step in steps] == [1, 2, 3]
 
 
 def test_bf16_loses_little(role, tiny_profile, trainer_of):

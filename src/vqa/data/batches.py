@@ -8,15 +8,14 @@ speed of the study.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-import datasets
 import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as vision
-from transformers import PreTrainedTokenizerBase
 
-from vqa.data.processor import encode
-from vqa.data.source import SIDES, pairs
+from vqa.data.processor import Processor
+from vqa.data.source import Table
 
+SIDES = {"left_right": 1, "top_bottom": 2}  # question types whose yes and no trade places in a mirrored image, by view
 VIEWS = np.array([[False, False], [True, False], [False, True], [True, True]])  # all flips, by Batch.view
 UNKNOWN_ANSWER = -1  # label of an answer outside the vocabulary: never predicted, so always wrong
 
@@ -66,29 +65,20 @@ class Batch:
 
 
 class Split:
-    """One split of a table as arrays: tokenised once, images left in their memory-mapped Arrow."""
+    """A table as arrays: its questions tokenised once, its images left where they are on disk."""
 
-    def __init__(
-        self,
-        table: datasets.Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        answers: list[str],
-        max_question_tokens: int,
-        image_size: int,
-    ):
-        self.frame = pairs(table)  # one row a pair, in table order
-        self.images = _Images(table)
-        self.tokenizer, self.answers, self.image_size = tokenizer, answers, image_size
+    def __init__(self, table: Table, processor: Processor):
+        self.table, self.processor = table, processor
+        self.frame = table.questions  # one row a pair, in table order
         counts = self.frame.groupby("image_id", sort=False).size().to_numpy()
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # (M + 1,) of M images
         distinct, self.question_of = np.unique(self.frame["question"].to_numpy(str), return_inverse=True)
-        encoded = encode(tokenizer, list(distinct), max_question_tokens)
-        self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
-        label = {answer: index for index, answer in enumerate(answers)}
+        self.input_ids, self.attention_mask = map(torch.from_numpy, processor.encode(distinct.tolist()))
+        label = {answer: index for index, answer in enumerate(processor.answers)}
         self.label_of = np.array([label.get(answer, UNKNOWN_ANSWER) for answer in self.frame["answer"]])
         self.side_of = self.frame["question_type"].map(SIDES).fillna(0).to_numpy(int)  # 0: mirroring changes no answer
         opposite = {"yes": "no", "no": "yes"}
-        turned = [label.get(opposite.get(answer, answer), UNKNOWN_ANSWER) for answer in answers]
+        turned = [label.get(opposite.get(answer, answer), UNKNOWN_ANSWER) for answer in processor.answers]
         self.opposite_of = np.array([*turned, UNKNOWN_ANSWER])  # by label; the last is the unknown answer's own
 
     def __len__(self) -> int:
@@ -109,14 +99,15 @@ class Split:
         questions, question_index = np.unique(self.question_of[rows], return_inverse=True)
         mask = self.attention_mask[questions]
         longest = int(mask.sum(1).max())
-        pixels, labels, view = self.images[images], self.label_of[rows], np.zeros(len(images), int)
+        pixels, labels = torch.from_numpy(self.table.pixels(images)), self.label_of[rows]
+        view = np.zeros(len(images), int)
         if flips is not None:
             view = flips @ [1, 2]
             labels = np.where(self.side_of[rows] & np.repeat(view, counts), self.opposite_of[labels], labels)
             pixels[flips[:, 0]] = pixels[flips[:, 0]].flip(-1)
             pixels[flips[:, 1]] = pixels[flips[:, 1]].flip(-2)
-        if pixels.shape[-1] != self.image_size:
-            pixels = vision.resize(pixels, [self.image_size, self.image_size], antialias=True)
+        if pixels.shape[-1] != (size := self.processor.image_size):
+            pixels = vision.resize(pixels, [size, size], antialias=True)
         return Batch(
             pixels,
             torch.from_numpy(np.repeat(np.arange(len(images)), counts)),
@@ -129,28 +120,6 @@ class Split:
             torch.from_numpy(view),
             torch.from_numpy(rows),
         )
-
-
-class _Images:
-    """Image rows of a table without a copy of the table: views into its Arrow buffers."""
-
-    def __init__(self, table: datasets.Dataset):
-        column = table.data.table.column("image")
-        shape = table.features["image"].shape
-        self.chunks = [
-            chunk.storage.flatten().flatten().flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape)
-            for chunk in column.chunks
-        ]
-        self.starts = np.cumsum([0] + [len(chunk) for chunk in self.chunks])
-        selected = table._indices  # `select` keeps row numbers instead of moving rows
-        self.rows = np.arange(len(table)) if selected is None else selected.column(0).to_numpy().astype(np.int64)
-
-    def __getitem__(self, images: np.ndarray) -> torch.Tensor:
-        """(I, 3, H, W) uint8, a copy that the caller may change."""
-        rows = self.rows[images]
-        chunk = np.searchsorted(self.starts, rows, side="right") - 1
-        places = zip(chunk, rows - self.starts[chunk], strict=True)
-        return torch.from_numpy(np.stack([self.chunks[c][place] for c, place in places]))
 
 
 @dataclass(frozen=True)

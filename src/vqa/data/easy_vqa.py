@@ -14,9 +14,13 @@ import numpy as np
 import pandas as pd
 
 from vqa.data.images import ImageError, decode
-from vqa.data.source import PAIR_COLUMNS, read_images, table_features
+from vqa.data.source import QUESTION_COLUMNS, Table, image_features, read_images
 
-LICENCE = "MIT"
+FACTS = {
+    "licence": "MIT",
+    "question_types": ("shape", "color", "yes_no", "yes_no_negated"),
+    "expected_blind": 67.0,
+}
 SIDE = 64
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 SHAPES = {"circle", "rectangle", "triangle"}
@@ -36,10 +40,10 @@ def fingerprint(root: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(root: Path | None = None) -> datasets.DatasetDict:
-    """The official train and test tables. Raises SourceError naming missing or damaged images."""
+def build(scratch: Path, root: Path | None = None) -> dict[str, Table]:
+    """The official train and test tables, made in memory. Raises SourceError naming missing or damaged images."""
     root = root or package_data()
-    return datasets.DatasetDict({split: _table(root / split) for split in ("train", "test")})
+    return {split: _table(root / split) for split in ("train", "test")}
 
 
 def question_type(question: str, answer: str) -> str:
@@ -65,16 +69,21 @@ def caption(questions: list[str], answers: list[str]) -> list[str]:
     return [f"a {colour.pop()} {shape.pop()}"] if colour and shape else []
 
 
-def _table(folder: Path) -> datasets.Dataset:
-    questions = json.loads((folder / "questions.json").read_text())
-    frame = pd.DataFrame(questions, columns=["question", "answer", "image_id"])
-    frame["question_id"] = np.arange(len(frame))
-    frame["question_type"] = [question_type(*row) for row in zip(frame["question"], frame["answer"], strict=True)]
-    rows = frame.groupby("image_id", sort=True)[list(PAIR_COLUMNS)].agg(list).reset_index()
-    rows["caption"] = [caption(*row) for row in zip(rows["question"], rows["answer"], strict=True)]
-    paths = [folder / "images" / f"{i}.png" for i in rows["image_id"]]
-    rows["image"] = list(read_images(paths, _read, "reinstall the package easy-vqa"))
-    return datasets.Dataset.from_dict(rows.to_dict("list"), features=table_features(SIDE, SIDE))
+def _table(folder: Path) -> Table:
+    asked = pd.DataFrame(
+        json.loads((folder / "questions.json").read_text()), columns=["question", "answer", "image_id"]
+    )
+    asked["question_id"] = np.arange(len(asked))
+    asked["question_type"] = [question_type(*row) for row in zip(asked["question"], asked["answer"], strict=True)]
+    questions = asked.sort_values("image_id", kind="stable", ignore_index=True)[QUESTION_COLUMNS]
+    of_image = questions.groupby("image_id")[["question", "answer"]].agg(list)
+    paths = [folder / "images" / f"{image_id}.png" for image_id in of_image.index]
+    columns = {
+        "image_id": of_image.index.tolist(),
+        "image": list(read_images(paths, _read, "reinstall the package easy-vqa")),
+        "caption": [caption(*row) for row in of_image.itertuples(index=False)],
+    }
+    return Table.of(datasets.Dataset.from_dict(columns, image_features(SIDE)), questions)
 
 
 def _read(path: Path) -> np.ndarray:

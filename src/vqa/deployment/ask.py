@@ -14,13 +14,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from vqa.data.images import ImageError, read_image
+from vqa.data.processor import Processor
 
 DEPLOYMENTS = Path(os.environ.get("VQA_RUNS", "runs")) / "deployments"
 PAIRS_AT_ONCE = 256
@@ -38,19 +38,8 @@ class Answerer:
     `logits` takes what VQAModel.forward takes, as NumPy arrays, and gives (N, A).
     """
 
-    def __init__(
-        self,
-        answers: list[str],
-        image_size: int,
-        max_question_tokens: int,
-        tokenizer: Path,
-        logits: Callable[..., np.ndarray],
-    ):
-        self.answers, self.image_size, self.max_question_tokens = answers, image_size, max_question_tokens
-        self.tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.tokenizer.no_truncation()
-        self.tokenizer.enable_padding(pad_id=self.tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")
-        self.logits = logits
+    def __init__(self, processor: Processor, logits: Callable[..., np.ndarray]):
+        self.processor, self.logits = processor, logits
 
     def __call__(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Probabilities (N, A) of every answer to each of N pairs; equal images and questions are encoded once.
@@ -59,9 +48,11 @@ class Answerer:
         """
         images, image_index = _distinct([path for path, _ in pairs])
         questions, question_index = _distinct([question for _, question in pairs])
-        input_ids, attention_mask = self.encode(questions)
+        for question in questions:
+            self._check(question)
+        input_ids, attention_mask = self.processor.encode(questions)
         logits = self.logits(
-            pixel_values=np.stack([read_image(path, self.image_size) for path in images]),
+            pixel_values=np.stack([read_image(path, self.processor.image_size) for path in images]),
             image_index=image_index,
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -69,22 +60,30 @@ class Answerer:
         )
         return _softmax(logits)
 
-    def encode(self, questions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """input_ids and attention_mask (U, T). Raises AskError for an empty or too long question."""
-        if not all(question.strip() for question in questions):
+    def _check(self, question: str) -> None:
+        """Raises AskError for a question that is empty, too long, or no text."""
+        if not question.strip():
             raise AskError("the question is empty")
-        encoded = self.tokenizer.encode_batch(questions)
-        longest = max(sum(row.attention_mask) for row in encoded)
-        if longest > self.max_question_tokens:
-            raise AskError(
-                f"the question has {longest} tokens and the model reads {self.max_question_tokens}: make it shorter"
-            )
-        return np.array([row.ids for row in encoded]), np.array([row.attention_mask for row in encoded])
+        try:
+            question.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise AskError("the question is not UTF-8 text") from None
+        length, limit = self.processor.length(question), self.processor.max_question_tokens
+        if length > limit:
+            raise AskError(f"the question has {length} tokens and the model reads {limit}: make it shorter")
+
+    def unknown_words(self, questions: Iterable[str]) -> list[str]:
+        """Words that are not in the model's vocabulary: it reads them letter by letter, or not at all."""
+        tokenizer, words = self.processor.tokenizer, {}
+        for question in questions:
+            split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(question))
+            words |= dict.fromkeys(word for word, _ in split if tokenizer.token_to_id(word) is None)
+        return list(words)
 
     def top(self, probabilities: np.ndarray) -> list[tuple[str, float]]:
         """The likeliest answers of a row of probabilities (A,), best first."""
         best = np.argsort(-probabilities, kind="stable")[:SHOWN]
-        return [(self.answers[index], float(probabilities[index])) for index in best]
+        return [(self.processor.answers[index], float(probabilities[index])) for index in best]
 
 
 def load(folder: Path) -> Answerer:
@@ -102,29 +101,24 @@ def from_deployment(folder: Path, precision: str = "int8", threads: int = 0) -> 
     config, model = read_config(folder), f"model-{precision}.onnx"
     for name in (model, "tokenizer.json"):
         _check(folder / name, config["sha256"][name])
-    return Answerer(
-        config["answers"],
-        config["image_size"],
-        config["max_question_tokens"],
-        folder / "tokenizer.json",
-        onnx_logits(folder / model, threads),
-    )
+    return Answerer(Processor.load(folder), onnx_logits(folder / model, threads))
 
 
 def from_run(folder: Path) -> Answerer:
-    """The model of a finished training, served by PyTorch."""
+    """The model of a finished training, served by PyTorch. Raises AskError if it was trained to align two towers."""
     import torch
 
-    from vqa.models import load_vqa_model
+    from vqa.models.build import load_vqa_model
 
+    if not Processor.load(folder / "model").answers:
+        raise AskError(f"{folder} aligned two towers; it answers no questions: name a run that was trained to")
     model = load_vqa_model(folder / "model")
 
     @torch.inference_mode()
     def logits(**inputs: np.ndarray) -> np.ndarray:
-        return model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
+        return model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
 
-    tokens, tokenizer = model.config.max_question_tokens, folder / "model" / "tokenizer.json"
-    return Answerer(model.answers, model.image_size, tokens, tokenizer, logits)
+    return Answerer(model.processor, logits)
 
 
 def onnx_logits(model: Path, threads: int = 0) -> Callable[..., np.ndarray]:
@@ -171,19 +165,38 @@ def _check(path: Path, expected: str) -> None:
         raise AskError(f"{path} was altered after deployment: deploy the model again")
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs in a CSV file with the columns image and question; images are relative to the file.
+def read_pairs(path: Path) -> dict[str, Pair | AskError]:
+    """The pairs in a CSV file with the columns image and question, by "row 1 (line 2)"; images are relative to it.
 
-    Raises AskError if it has not got them.
+    In the place of a row that has fewer or more fields than there are columns stands what is wrong with it.
+    Raises AskError if the file cannot be read or has not got the columns.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
-        raise AskError(f"{path} is not a text file that can be read") from None
-    if not rows or not {"image", "question"} <= rows[0].keys():
-        raise AskError(f"{path} needs the columns image and question, and a row below them")
-    return [(path.parent / (row["image"] or ""), row["question"] or "") for row in rows]
+        with path.open(newline="", encoding="utf-8-sig") as file:  # sig: Excel begins a UTF-8 file with a mark
+            reader = csv.DictReader(file)
+            found = reader.fieldnames or []
+            rows = {f"row {number} (line {reader.line_num})": row for number, row in enumerate(reader, 1)}
+    except OSError as error:
+        raise AskError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise AskError(f"{path} is not UTF-8 text: save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise AskError(f"{path} is not a CSV file: {error}") from None
+    if not {"image", "question"} <= set(found):
+        names = ", ".join(map(repr, found)) or "no column"
+        raise AskError(f"{path} needs the columns image and question, with a comma between; it has {names}")
+    if not rows:
+        raise AskError(f"{path} has no row below its columns' names")
+    return {place: _pair(row, path.parent) for place, row in rows.items()}
+
+
+def _pair(row: dict[str | None, str | None], folder: Path) -> Pair | AskError:
+    if None in row:  # where DictReader puts what is beyond the last column
+        return AskError("it has more fields than there are columns: put quotes around a question with a comma")
+    for name in ("image", "question"):
+        if not (row[name] or "").strip():
+            return AskError(f"it has no {name}")
+    return folder / row["image"], row["question"]
 
 
 def _distinct(items: list) -> tuple[list, np.ndarray]:
@@ -204,21 +217,54 @@ def answer_one(answerer: Answerer, pair: Pair) -> None:
     spent = 1e3 * (time.perf_counter() - started)
     for answer, probability in answerer.top(row):
         print(f"{answer:20} {100 * probability:5.1f} %")
+    name_unknown_words(answerer, [pair[1]])
     print(f"answered in {spent:.1f} ms", file=sys.stderr)
 
 
-def answer_file(answerer: Answerer, pairs: list[Pair]) -> None:
-    """Print a CSV row for each of `pairs`: image, question, answer, probability."""
+def answer_file(answerer: Answerer, rows: dict[str, Pair | AskError]) -> int:
+    """Print a CSV row for each pair of `rows`: image, question, answer, probability. Give how many are refused.
+
+    What is wrong with a row that cannot be answered goes to stderr.
+    """
     out = csv.writer(sys.stdout)
     out.writerow(["image", "question", "answer", "probability"])
-    started = time.perf_counter()
-    for first in range(0, len(pairs), PAIRS_AT_ONCE):
-        some = pairs[first : first + PAIRS_AT_ONCE]
-        for (image, question), row in zip(some, answerer(some), strict=True):
-            answer, probability = answerer.top(row)[0]
-            out.writerow([image, question, answer, f"{probability:.4f}"])
+    started, refused, places = time.perf_counter(), 0, list(rows)
+    for first in range(0, len(places), PAIRS_AT_ONCE):
+        some = {place: rows[place] for place in places[first : first + PAIRS_AT_ONCE]}
+        pairs = {place: pair for place, pair in some.items() if not isinstance(pair, AskError)}
+        answered = some | dict(zip(pairs, answer_each(answerer, list(pairs.values())), strict=True))
+        for place, given in answered.items():
+            if isinstance(given, Exception):
+                refused += 1
+                print(f"error: {place}: {given}", file=sys.stderr)
+            else:
+                answer, probability = answerer.top(given)[0]
+                out.writerow([*rows[place], answer, f"{probability:.4f}"])
     spent = time.perf_counter() - started
-    print(f"{len(pairs)} answers, {len(pairs) / spent:.0f} a second", file=sys.stderr)
+    name_unknown_words(answerer, [pair[1] for pair in rows.values() if not isinstance(pair, AskError)])
+    count, rest = len(rows) - refused, f"; {refused} rows refused" if refused else ""
+    print(f"{count} answers, {count / spent:.0f} a second{rest}", file=sys.stderr)
+    return refused
+
+
+def answer_each(answerer: Answerer, pairs: list[Pair]) -> list[np.ndarray | Exception]:
+    """Probabilities (A,) for each of `pairs`, or why it cannot be answered: together, in halves where one fails."""
+    if not pairs:
+        return []
+    try:
+        return list(answerer(pairs))
+    except (AskError, ImageError) as error:
+        if len(pairs) == 1:
+            return [error]
+        half = len(pairs) // 2
+        return answer_each(answerer, pairs[:half]) + answer_each(answerer, pairs[half:])
+
+
+def name_unknown_words(answerer: Answerer, questions: Iterable[str]) -> None:
+    """Say on stderr which words of `questions` the model never met, if there are any."""
+    if unknown := answerer.unknown_words(questions):
+        words = ", ".join(f'"{word}"' for word in unknown)
+        print(f"note: the model never met {words}", file=sys.stderr)
 
 
 def newest_deployment() -> Path:
@@ -238,12 +284,11 @@ def main() -> None:
     if (arguments.pairs is None) == (arguments.question is None):
         parser.error("give an image and a question, or --pairs FILE")
     try:
-        pairs = read_pairs(arguments.pairs) if arguments.pairs else [(arguments.image, arguments.question)]
+        rows = read_pairs(arguments.pairs) if arguments.pairs else {}
         answerer = load(arguments.model or newest_deployment())
-        if arguments.pairs:
-            answer_file(answerer, pairs)
-        else:
-            answer_one(answerer, pairs[0])
+        if rows:
+            sys.exit(1 if answer_file(answerer, rows) else 0)
+        answer_one(answerer, (arguments.image, arguments.question))
     except (AskError, ImageError) as error:
         sys.exit(f"error: {error}")
 

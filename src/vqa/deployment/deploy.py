@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,23 @@ import pandas as pd
 import torch
 
 from vqa.config import ConfigError
-from vqa.data import source as sources
 from vqa.data.batches import Split
+from vqa.data.source import Source, SourceError, load
 from vqa.deployment import ask
-from vqa.deployment.onnx_int8 import ENGINE, Logits, QuantizeError, all_logits, export, int8_kernels, quantize_layers
-from vqa.evaluation.metrics import accuracy_results, cluster_interval, median_result, paired_difference, score
-from vqa.evaluation.timing import interleaved
+from vqa.deployment.onnx_int8 import Logits, LogitsOf, QuantizeError, all_logits, export, int8_kernels, quantize_layers
+from vqa.evaluation.evaluate import open_answering
+from vqa.evaluation.metrics import accuracy_results, cluster_interval, paired_difference, percent, score
+from vqa.evaluation.timing import Arm, interleave, settle
 from vqa.models.build import load_vqa_model
-from vqa.models.vqa_model import VQAModel, parameter_count
-from vqa.results import Result
+from vqa.models.parts import parameter_count
+from vqa.models.vqa_model import VQAModel
+from vqa.results import EAGER, ONNX_RUNTIME, Result, accuracy_of
 from vqa.run_folder import Run, RunError, environment
-from vqa.training.objectives import split_for
 
 PRECISIONS = ("fp32", "int8")
 CALIBRATION_IMAGES = 64
 TIMED_ROUNDS = 20
+CLOSE_CALL = 0.05  # difference of the two best answers' probabilities that another machine's rounding may turn over
 
 
 def write_model(model: VQAModel, images: np.ndarray, folder: Path) -> None:
@@ -47,18 +50,13 @@ def write_model(model: VQAModel, images: np.ndarray, folder: Path) -> None:
     """
     export(model, folder / "model-fp32.onnx")
     quantize_layers(folder / "model-fp32.onnx", folder / "model-int8.onnx", images)
-    model.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    preprocessing = "upright, RGB, transparent on white, resized to a square (bilinear), uint8 (3, H, W)"
+    model.processor.save(folder, preprocessing=preprocessing, model=model.config.model_dump())
+    config = json.loads((folder / "config.json").read_text())
     files = ("model-fp32.onnx", "model-int8.onnx", "tokenizer.json")
-    config = {
-        "answers": model.answers,
-        "image_size": model.image_size,
-        "preprocessing": "upright, RGB, transparent on white, resized to a square (bilinear), uint8 (3, H, W)",
-        "max_question_tokens": model.config.max_question_tokens,
-        "model": model.config.model_dump(),
-        "sha256": {name: ask.sha256(folder / name) for name in files},
-    }
-    sealed = config | {"seal": ask.seal_of(config)}
-    (folder / "config.json").write_text(json.dumps(sealed, indent=1) + "\n")
+    config["sha256"] = {name: ask.sha256(folder / name) for name in files}
+    config["seal"] = ask.seal_of(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,11 @@ class Deployment:
     results: list[Result]
 
 
-def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
+def deploy(run: Run, source: Source, folder: Path) -> Deployment:
     """Quantize the model of the finished `run` into `folder`, which appears whole or not at all.
 
-    Raises RunError if the run has not finished or `folder` exists or cannot be made, QuantizeError as `write_model`.
+    Raises RunError if the run has not finished, if its model no longer answers as it recorded, or if `folder` exists
+    or cannot be made; QuantizeError as `write_model`.
     """
     accuracy = run.result("accuracy")
     if folder.exists():
@@ -87,11 +86,15 @@ def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
     try:
         model = load_vqa_model(run.folder / "model")
         write_model(model, calibration_images(model, source), temporary)
-        predictions = compare(model, source.splits["test"], temporary)
-        results = [*_accuracies(predictions), *sizes(temporary)]
-        results += _latencies(model, split_for(model, source.splits["test"]), temporary)
-        card = _card(run, model, source, [accuracy, *results])
-        (temporary / "README.md").write_text(card)
+        split = Split(source.splits["test"], model.processor)
+        predictions = compare(split, temporary)
+        _check_answers(run, predictions)
+        results = [
+            *_accuracies(predictions, source.relational_types),
+            *sizes(temporary),
+            *_latencies(model, split, temporary),
+        ]
+        (temporary / "README.md").write_text(_card(run, model, source, [accuracy, *results]))
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     finally:
@@ -99,71 +102,89 @@ def deploy(run: Run, source: sources.Source, folder: Path) -> Deployment:
     return Deployment(folder, model, predictions, results)
 
 
-def calibration_images(model: VQAModel, source: sources.Source, count: int = CALIBRATION_IMAGES) -> np.ndarray:
+def calibration_images(model: VQAModel, source: Source, count: int = CALIBRATION_IMAGES) -> np.ndarray:
     """`count` training images, evenly spread, as `model` sees them."""
-    split = split_for(model, source.splits["train"])
+    split = Split(source.splits["train"], model.processor)
     chosen = np.unique(np.linspace(0, len(split) - 1, count, dtype=int))
     return split.batch(chosen).pixel_values.numpy()
 
 
-def compare(model: VQAModel, table, folder: Path) -> pd.DataFrame:
-    """One row a question: the int8 model's `prediction` and `confidence`, and those of fp32 as `fp32_…`."""
-    split = split_for(model, table)
-    columns = {}
-    for precision in PRECISIONS:
+def compare(split: Split, folder: Path) -> pd.DataFrame:
+    """One row a question of the test split: the int8 model's answer, and that of fp32 in columns named `fp32_…`.
+
+    Columns: `prediction`, its `confidence`, its `margin` to the second best probability, and `correct`.
+    """
+    frame = split.frame.assign(split="test")
+    for precision, prefix in (("int8", ""), ("fp32", "fp32_")):
         logits = all_logits(ask.onnx_logits(folder / f"model-{precision}.onnx", torch.get_num_threads()), split)
-        shares = torch.from_numpy(logits).softmax(-1)
-        prefix = "" if precision == "int8" else f"{precision}_"
-        columns[f"{prefix}prediction"] = np.array(model.answers)[shares.argmax(-1)]
-        columns[f"{prefix}confidence"] = shares.max(-1).values.numpy()
-    frame = split.frame.assign(split="test", **columns)
-    return frame.assign(correct=score(frame["prediction"], frame), fp32_correct=score(frame["fp32_prediction"], frame))
+        (best, second), (index, _) = (part.T for part in torch.from_numpy(logits).softmax(-1).topk(2))
+        frame[f"{prefix}prediction"] = np.array(split.processor.answers)[index]
+        frame[f"{prefix}confidence"], frame[f"{prefix}margin"] = best.numpy(), (best - second).numpy()
+        frame[f"{prefix}correct"] = score(frame[f"{prefix}prediction"], frame)
+    return frame
 
 
-def _accuracies(predictions: pd.DataFrame) -> list[Result]:
+def _check_answers(run: Run, predictions: pd.DataFrame) -> None:
+    """Raise RunError unless the fp32 file gives the answers that `run` recorded: its answer list may be in disorder."""
+    recorded = run.predictions().query("split == 'test'")["prediction"].to_numpy()
+    differ = (predictions["fp32_prediction"] != recorded) & (predictions["fp32_margin"] > CLOSE_CALL)
+    if count := int(differ.sum()):
+        raise RunError(
+            f"{run.folder.name} gives other answers to {count} of {len(differ)} test questions than it recorded: "
+            "its model or its list of answers was altered, train it again"
+        )
+
+
+def _accuracies(predictions: pd.DataFrame, relational_types: Collection[str]) -> list[Result]:
     """Accuracy by type in both precisions, what int8 loses on the same questions, how often both agree."""
-    image, rows = predictions["image_id"], []
+    rows = []
     for precision, column in zip(PRECISIONS, ("fp32_correct", "correct"), strict=True):
-        frame = predictions.assign(correct=predictions[column], blind_correct=False)
-        own = [row for row in accuracy_results(frame, "test") if "blind" not in row.metric]
-        rows += [replace(row, labels={"precision": precision, "engine": ENGINE}) for row in own]
-    labels = {"precision": "int8", "engine": ENGINE}
-    for kind, group in [
-        ("", predictions),
-        *((f"_{kind}", part) for kind, part in predictions.groupby("question_type")),
-    ]:
+        frame = predictions.assign(correct=predictions[column])
+        rows += accuracy_results(frame, "test", relational_types, precision=precision, engine=ONNX_RUNTIME)
+    drop, groups = "accuracy_drop_int8", predictions.groupby("question_type")
+    for metric, group in [(drop, predictions), *((accuracy_of(name, drop), group) for name, group in groups)]:
         lost = paired_difference(group["fp32_correct"], group["correct"], group["image_id"])
-        value, low, high = (100 * part for part in lost)
-        rows.append(Result(f"accuracy_drop_int8{kind}", value, "points", low, high, "test", labels))
+        rows.append(Result(metric, *percent(lost), "test", precision="int8", engine=ONNX_RUNTIME))
     same = (predictions["prediction"] == predictions["fp32_prediction"]).to_numpy()
-    value, low, high = (100 * part for part in cluster_interval(same, image.to_numpy()))
-    return [*rows, Result("agreement", value, "%", low, high, "test", labels)]
+    agreement = percent(cluster_interval(same, predictions["image_id"].to_numpy()))
+    return [*rows, Result("agreement", *agreement, "test", precision="int8", engine=ONNX_RUNTIME)]
 
 
 def sizes(folder: Path, **labels: str) -> list[Result]:
     """Bytes of both files of a deployment folder, and how many nodes of the int8 one compute in int8."""
-    rows = []
-    for precision in PRECISIONS:
-        named = {"precision": precision, "engine": ENGINE, **labels}
-        rows.append(Result("bytes_on_disk", (folder / f"model-{precision}.onnx").stat().st_size, "bytes", labels=named))
-    return [*rows, Result("int8_kernels", int8_kernels(folder / "model-int8.onnx"), "count", labels=named)]
+    labels |= {"engine": ONNX_RUNTIME}
+    files = {precision: folder / f"model-{precision}.onnx" for precision in PRECISIONS}
+    rows = [Result("bytes_on_disk", file.stat().st_size, precision=name, **labels) for name, file in files.items()]
+    return [*rows, Result("int8_kernels", int8_kernels(files["int8"]), precision="int8", **labels)]
 
 
 def _latencies(model: VQAModel, split: Split, folder: Path) -> list[Result]:
     """Time of one question about one image: PyTorch, and both files in ONNX Runtime, on equally many threads."""
-    threads = torch.get_num_threads()
-    arms = {("fp32", "eager"): eager(model)}
+    arms = [latency_arm(eager(model), precision="fp32", engine=EAGER)]
     for precision in PRECISIONS:
-        arms[precision, ENGINE] = ask.onnx_logits(folder / f"model-{precision}.onnx", threads)
-    return latency_rows(interleaved(arms, one_pair(split), TIMED_ROUNDS))
+        logits = ask.onnx_logits(folder / f"model-{precision}.onnx", torch.get_num_threads())
+        arms.append(latency_arm(logits, precision=precision, engine=ONNX_RUNTIME))
+    interleave(arms, [one_pair(split)] * TIMED_ROUNDS)
+    return [row for arm in arms for row in latency_rows(arm)]
+
+
+def latency_arm(logits: Logits, **labels: str) -> Arm:
+    """An arm that gives its inputs, a dict of arrays, to `logits` once its threads have settled."""
+
+    def work(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return logits(**inputs)
+
+    return Arm(labels, work, settle(work))
 
 
 def eager(model: VQAModel) -> Logits:
     """`model` in PyTorch, with NumPy arrays in and out like the ONNX files."""
 
+    network = LogitsOf(model)
+
     @torch.inference_mode()
     def logits(**inputs: np.ndarray) -> np.ndarray:
-        return model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).float().numpy()
+        return network(**{name: torch.from_numpy(value) for name, value in inputs.items()}).float().numpy()
 
     return logits
 
@@ -184,56 +205,54 @@ def one_pair(split: Split, pair: int = 0, tokens: int = 0) -> dict[str, np.ndarr
     }
 
 
-def latency_rows(seconds: dict[tuple[str, ...], list[float]], **labels: str) -> list[Result]:
-    """Median and 95th percentile of each (precision, engine), or (model, precision, engine), in milliseconds."""
-    rows = []
-    for name, spent in seconds.items():
-        named = labels | dict(zip(("engine", "precision", "model"), reversed(name), strict=False))
-        values = [1e3 * second for second in spent]
-        rows.append(median_result("latency_p50_ms", values, "ms", named))
-        rows.append(median_result("latency_p95_ms", values, "ms", named, quantile=0.95))
-    return rows
+def latency_rows(arm: Arm) -> list[Result]:
+    """Median and 95th percentile of the seconds of `arm`, in milliseconds."""
+    spent = 1e3 * np.array(arm.seconds)
+    return [arm.result("latency_p50_ms", spent), arm.result("latency_p95_ms", spent, quantile=0.95)]
 
 
-def _card(run: Run, model: VQAModel, source: sources.Source, results: list[Result]) -> str:
+def _card(run: Run, model: VQAModel, source: Source, results: list[Result]) -> str:
     """The README.md of a deployment folder, every number from `results`."""
-    found = {(row.metric, row.labels.get("precision"), row.labels.get("engine")): row for row in results}
-    lines = []
-    for precision, engine in (("fp32", "eager"), ("fp32", ENGINE), ("int8", ENGINE)):
-        accuracy = found[("accuracy", None, None) if engine == "eager" else ("accuracy", precision, engine)]
-        p50, p95 = (found[f"latency_{q}_ms", precision, engine].value for q in ("p50", "p95"))
-        size = found.get(("bytes_on_disk", precision, engine))
-        lines.append(
-            f"| {precision}, {'PyTorch' if engine == 'eager' else engine} "
-            f"| {accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}] "
-            f"| {f'{size.value / 1e6:.2f}' if size else '–'} | {p50:.2f} | {p95:.2f} |"
-        )
-    drop, agreement = found["accuracy_drop_int8", "int8", ENGINE], found["agreement", "int8", ENGINE]
-    config, cpu = run.config, environment()["cpu"]
+    found = {(row.metric, row.precision, row.engine): row for row in results}
+    drop, agreement = (found[name, "int8", ONNX_RUNTIME] for name in ("accuracy_drop_int8", "agreement"))
+    config, cpu, processor = run.config, environment()["cpu"], model.processor
     return CARD.format(
-        role=config.role,
+        role=config.model_name,
         run=run.folder.name,
         image=config.model.image_encoder.kind,
         text=config.model.text_encoder.kind,
         fusion=config.model.fusion.kind,
         parameters=f"{parameter_count(model):,}",
-        answers=", ".join(model.answers),
+        answers=", ".join(processor.answers),
         data=source.name,
         licence=source.licence,
         fingerprint=source.fingerprint,
         images=f"{len(source.splits['train']):,}",
         tested=f"{len(source.splits['test']):,}",
-        rows="\n".join(lines),
+        rows=_card_rows(found),
         drop=f"{drop.value:+.2f} points [{drop.low:+.2f}, {drop.high:+.2f}]",
         agreement=f"{agreement.value:.2f} %",
-        kernels=int(found["int8_kernels", "int8", ENGINE].value),
-        size=model.image_size,
-        tokens=model.config.max_question_tokens,
+        kernels=int(found["int8_kernels", "int8", ONNX_RUNTIME].value),
+        size=processor.image_size,
+        tokens=processor.max_question_tokens,
         cpu=cpu["model"],
         flags=", ".join(cpu["flags"]) or "none of those known to matter",
         threads=torch.get_num_threads(),
         onnxruntime=onnxruntime.__version__,
     )
+
+
+def _card_rows(found: dict[tuple[str, str | None, str | None], Result]) -> str:
+    """The card's table, from results by metric, precision and engine; the run's own accuracy has neither."""
+    lines = []
+    for precision, engine in (("fp32", EAGER), ("fp32", ONNX_RUNTIME), ("int8", ONNX_RUNTIME)):
+        accuracy = found[("accuracy", None, None) if engine == EAGER else ("accuracy", precision, engine)]
+        p50, p95 = (found[f"latency_{q}_ms", precision, engine].value for q in ("p50", "p95"))
+        size = found.get(("bytes_on_disk", precision, engine))
+        name, megabytes = "PyTorch" if engine == EAGER else engine, f"{size.value / 1e6:.2f}" if size else "–"
+        interval = f"{accuracy.value:.2f} [{accuracy.low:.2f}, {accuracy.high:.2f}]"
+        lines.append(f"| {precision}, {name} | {interval} | {megabytes} | {p50:.2f} | {p95:.2f} |")
+    return "\n".join(lines)
 
 
 CARD = """# {role} for visual question answering, int8
@@ -274,12 +293,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     try:
-        run = Run.open(arguments.run)
-        made = deploy(run, sources.load(run.config.data), arguments.folder)
-    except (ConfigError, RunError, QuantizeError, sources.SourceError) as error:
+        run = open_answering(arguments.run)
+        made = deploy(run, load(run.config.data), arguments.folder)
+    except (ConfigError, RunError, QuantizeError, SourceError) as error:
         sys.exit(f"error: {error}")
     for row in made.results:
-        print(f"{row.metric:28} {row.value:.6g} {row.unit}  {' '.join(row.labels.values())}")
+        print(f"{row.metric:28} {row.value:.6g} {row.unit}  {row.precision} {row.engine}")
     print(f"{made.folder} is ready: python -m vqa.deployment.ask IMAGE QUESTION --model {made.folder}")
 
 

@@ -22,9 +22,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch.nn.functional import kl_div
 
 from vqa.data.batches import Split
+from vqa.evaluation.evaluate import outputs
 from vqa.models.vqa_model import VQAModel
 
-ENGINE = "ONNX Runtime"
 OPSET = 17
 IMAGES_PER_BATCH = 32
 WEIGHTED = {"Conv": 1, "MatMul": 1, "Gemm": 1, "Gather": 0}  # kinds of node, and which input is the weight
@@ -37,6 +37,18 @@ class QuantizeError(RuntimeError):
     """A model that cannot be deployed; its message is one sentence for the user."""
 
 
+class LogitsOf(torch.nn.Module):
+    """`model`, a VQAModel, giving its logits (N, A) alone: what exporters and compilers shall see."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training  # exporters put the whole back into the mode that they find here
+
+    def forward(self, *arrays: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return self.model(*arrays, **named).logits
+
+
 def export(model: VQAModel, path: Path) -> None:
     """Write `model` as ONNX in fp32: any number of images, questions, tokens and pairs.
 
@@ -44,7 +56,7 @@ def export(model: VQAModel, path: Path) -> None:
     """
     if model.config.fusion.kind == "unified_decoder":
         raise QuantizeError("a unified decoder cannot be deployed: choose a run with fusion concat or cross_attention")
-    size = model.image_size
+    size = model.processor.image_size
     inputs = {
         "pixel_values": torch.zeros(2, 3, size, size, dtype=torch.uint8),
         "image_index": torch.tensor([0, 1, 0]),
@@ -60,7 +72,7 @@ def export(model: VQAModel, path: Path) -> None:
         warnings.simplefilter("ignore")  # of constants in the trace; that shapes are free is tested
         # The exporter by tracing names nodes by their place in the model, which lets layers be told apart.
         torch.onnx.export(
-            model.eval(),
+            LogitsOf(model.eval()),
             tuple(inputs.values()),
             traced,
             input_names=list(inputs),
@@ -191,12 +203,11 @@ def _quiet() -> Iterator[None]:
 
 def all_logits(logits: Logits, split: Split) -> np.ndarray:
     """What `logits` gives for all pairs of `split`, (N, A), in its order."""
-    images = np.arange(len(split))
-    parts = []
-    for first in range(0, len(images), IMAGES_PER_BATCH):
-        batch = split.batch(images[first : first + IMAGES_PER_BATCH])
-        parts.append(logits(**{name: value.numpy() for name, value in batch.inputs().items()}))
-    return np.concatenate(parts)
+
+    def model(**inputs: torch.Tensor) -> np.ndarray:
+        return logits(**{name: value.numpy() for name, value in inputs.items()})
+
+    return np.concatenate([made for _, made in outputs(model, split, torch.device("cpu"))])
 
 
 def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
@@ -207,4 +218,5 @@ def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
 
 def layer_name(node: str) -> str:
     """A node's place in the model, without the words that every path has."""
-    return "/".join(part for part in node.split("/")[1:-1] if part not in ("resnet", "encoder", "convolution", "text"))
+    everywhere = ("model", "resnet", "encoder", "convolution", "text")
+    return "/".join(part for part in node.split("/")[1:-1] if part not in everywhere)

@@ -6,7 +6,7 @@ Inductor, weights frozen, turns those into oneDNN's int8 kernels; unfrozen, they
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from vqa.deployment.onnx_int8 import Logits, QuantizeError
+from vqa.deployment.onnx_int8 import Logits, LogitsOf, QuantizeError
 from vqa.models.vqa_model import VQAModel
 
-COMPILED, PT2E = "compiled", "PT2E"  # engines, as results name them
 INT8_KERNELS = ("onednn::qconv", "onednn::qlinear_pointwise")  # how the profiler's names of them begin
 Inputs = dict[str, np.ndarray]  # what VQAModel.forward takes
 
@@ -36,11 +35,15 @@ def missing() -> str:
     return ""
 
 
-def compiled(model: Callable[..., torch.Tensor], inputs: Inputs) -> Logits:
+def compiled(model: VQAModel, inputs: Inputs) -> Logits:
     """`model` compiled for inputs of the very shapes of `inputs`, its weights frozen; compilation happens here."""
+    return _compiled(LogitsOf(model), inputs)
+
+
+def _compiled(logits_of: nn.Module, inputs: Inputs) -> Logits:
     from torch._inductor import config
 
-    network = torch.compile(model, dynamic=False)
+    network = torch.compile(logits_of, dynamic=False)
 
     @torch.no_grad()  # freezing refuses inference mode
     def logits(**given: np.ndarray) -> np.ndarray:
@@ -52,8 +55,9 @@ def compiled(model: Callable[..., torch.Tensor], inputs: Inputs) -> Logits:
 
 
 def quantized(model: VQAModel, calibration: Iterable[Inputs]) -> torch.fx.GraphModule:
-    """`model` with int8 weights, activations in the ranges that `calibration`, inputs of one shape, gave.
+    """`model`, giving its logits, with int8 weights and activations in the ranges that `calibration` gave.
 
+    All inputs of `calibration` have one shape.
     What it computes until it is compiled is int8 arithmetic imitated in fp32.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -65,7 +69,7 @@ def quantized(model: VQAModel, calibration: Iterable[Inputs]) -> torch.fx.GraphM
     first, *rest = calibration
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     with torch.no_grad():
-        observed = prepare_pt2e(torch.export.export(model, (), kwargs=_tensors(first)).module(), quantizer)
+        observed = prepare_pt2e(torch.export.export(LogitsOf(model), (), kwargs=_tensors(first)).module(), quantizer)
         for inputs in (first, *rest):
             observed(**_tensors(inputs))
         return convert_pt2e(observed)
@@ -76,7 +80,7 @@ def compiled_int8(model: VQAModel, graph: torch.fx.GraphModule, inputs: Inputs) 
 
     Raises QuantizeError if a convolution or a linear layer of `model` does not run as an int8 kernel.
     """
-    logits = compiled(graph, inputs)
+    logits = _compiled(graph, inputs)
     wanted = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
     if (found := int8_kernels(logits, inputs)) < wanted:
         raise QuantizeError(f"only {found} of {wanted} layers run in int8 under PT2E")

@@ -1,4 +1,4 @@
-"""A model's answers to a split, one record a question, exact under any number of ranks.
+"""The only place that runs a model over a split; its answers, one row a question, exact on any number of ranks.
 
     python -m vqa.evaluation.evaluate runs/<run> [--split test]
 
@@ -7,15 +7,18 @@ prints the accuracies of a finished run's saved model, computed anew.
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from vqa.config import ConfigError
-from vqa.data import source as sources
-from vqa.data.batches import Split
+from vqa.data.batches import Batch, Split
+from vqa.data.source import SourceError, load
 from vqa.distributed import Rank, gather_objects, stop_if_asked
 from vqa.evaluation.metrics import BlindBaseline, accuracy_results, score
 from vqa.models.build import load_vqa_model
@@ -26,47 +29,72 @@ IMAGES_PER_BATCH = 64
 
 
 @torch.inference_mode()
+def outputs(
+    model: Callable, split: Split, device: torch.device, rank: Rank | None = None, flip: np.ndarray | None = None
+) -> Iterator[tuple[Batch, Any]]:
+    """Every batch of `split`, IMAGES_PER_BATCH images each, in order, with what `model` makes of it in eval mode.
+
+    `model` is called with Batch.inputs(), and both are on `device`. Without a `rank` this process takes all batches;
+    with one, ranks take turns at whole batches, none padded and none repeated, so every world size computes the same.
+    `flip` (2,) of bool mirrors all images left-right and top-bottom. Raises Stopped if a rank is asked to stop.
+    """
+    world_size, own = (rank.world_size, rank.rank) if rank else (1, 0)
+    images = np.arange(len(split))
+    batches = np.split(images, images[IMAGES_PER_BATCH::IMAGES_PER_BATCH])
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    try:
+        for turn in range(0, len(batches), world_size):
+            if rank:
+                stop_if_asked(rank)
+            if turn + own < len(batches):  # in the last turn there may be nothing left for this rank
+                chosen = batches[turn + own]
+                flips = None if flip is None else np.tile(flip, (len(chosen), 1))
+                batch = split.batch(chosen, flips).to(device)
+                yield batch, model(**batch.inputs())
+    finally:
+        if training:
+            model.train()
+
+
+@torch.inference_mode()
 def predict(model: VQAModel, split: Split, rank: Rank) -> pd.DataFrame:
     """The split's pairs with `prediction`, `confidence`, `correct` (0 to 1); on the main rank, else empty.
 
-    `written` is the answer that a decoder wrote freely, None for models that only choose from a list.
-
-    Ranks take turns at whole batches, none padded and none repeated, so every world size gives the
-    same records. An answer outside the vocabulary is never predicted, hence counted as wrong.
-    Raises Stopped if a rank is asked to stop.
+    `written` is the answer that a decoder wrote freely, None for models that only choose from a list. An answer
+    outside the vocabulary is never predicted, hence counted as wrong. Raises Stopped if a rank is asked to stop.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    images = np.arange(len(split))
-    batches = [images[i : i + IMAGES_PER_BATCH] for i in range(0, len(images), IMAGES_PER_BATCH)]
-    mine = []
-    for turn in range(0, len(batches), rank.world_size):
-        stop_if_asked(rank)
-        if turn + rank.rank >= len(batches):  # nothing left in the last turn
-            continue
-        chosen = batches[turn + rank.rank]
-        batch = split.batch(chosen).to(device)
-        confidence, index = model(**batch.inputs()).float().softmax(-1).max(-1)
+    parts = []
+    for batch, output in outputs(model, split, next(model.parameters()).device, rank):
+        confidence, index = output.logits.float().softmax(-1).max(-1)
         written = model.generate(batch) if hasattr(model, "generate") else [None] * len(batch)
-        mine.append((split.pairs_of(chosen), index.cpu().numpy(), confidence.cpu().numpy(), np.array(written)))
-    model.train(training)
-    shares = [part for share in gather_objects(mine, rank) for part in share]
+        parts.append((batch.pair_number.cpu().numpy(), index.cpu().numpy(), confidence.cpu().numpy(), written))
+    parts = [part for share in gather_objects(parts, rank) for part in share]
     if not rank.is_main:
         return pd.DataFrame()
-    rows, index, confidence, written = (np.concatenate(column) for column in zip(*shares, strict=True))
-    answered = pd.DataFrame(
-        {"prediction": np.array(model.answers)[index], "confidence": confidence, "written": written}, index=rows
-    ).sort_index()
-    records = split.frame.join(answered)
-    return records.assign(correct=score(records["prediction"], records))
+    rows, index, confidence, written = (np.concatenate(column) for column in zip(*parts, strict=True))
+    prediction = np.array(model.processor.answers)[index]
+    answered = pd.DataFrame({"prediction": prediction, "confidence": confidence, "written": written}, rows)
+    frame = split.frame.join(answered.sort_index())
+    return frame.assign(correct=score(frame["prediction"], frame))
 
 
-def records(model: VQAModel, split: Split, blind: BlindBaseline, name: str, rank: Rank) -> pd.DataFrame:
-    """`predict`, with the image-blind baseline's answer beside each, ready for predictions.parquet."""
+def predict_beside_blind(model: VQAModel, split: Split, blind: BlindBaseline, name: str, rank: Rank) -> pd.DataFrame:
+    """`predict` of the split `name`, with how right the image-blind baseline is, as predictions.parquet keeps it."""
     frame = predict(model, split, rank)
     if frame.empty:
         return frame
     return frame.assign(split=name, blind_correct=score(blind(frame["question"]), frame))
+
+
+def open_answering(folder: Path) -> Run:
+    """The run in `folder`. Raises RunError if it is not a training that has finished and answers questions."""
+    run = Run.open(folder)
+    run.results()  # refuses an unfinished run
+    if run.config.objective == "alignment":
+        raise RunError(f"{folder.name} aligned two towers; it answers no questions: choose a run that was trained to")
+    return run
 
 
 def one_rank(device: torch.device | str = "cpu") -> Rank:
@@ -80,24 +108,15 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     arguments = parser.parse_args()
     try:
-        run = Run.open(arguments.run)
-        run.results()  # refuses an unfinished run
-        if run.config.objective == "alignment":
-            raise RunError(f"{run.folder.name} aligned two towers; it answers no questions")
-        source = sources.load(run.config.data)
-    except (RunError, ConfigError, sources.SourceError) as error:
+        run = open_answering(arguments.run)
+        source = load(run.config.data)
+    except (RunError, ConfigError, SourceError) as error:
         sys.exit(f"error: {error}")
     model = load_vqa_model(run.folder / "model")
-    split = Split(
-        source.splits[arguments.split],
-        model.tokenizer,
-        model.answers,
-        model.config.max_question_tokens,
-        model.image_size,
-    )
-    blind = BlindBaseline(sources.pairs(source.splits["train"]))
-    frame = records(model, split, blind, arguments.split, one_rank())
-    for result in accuracy_results(frame, arguments.split):
+    split = Split(source.splits[arguments.split], model.processor)
+    blind = BlindBaseline(source.splits["train"].questions)
+    frame = predict_beside_blind(model, split, blind, arguments.split, one_rank())
+    for result in accuracy_results(frame, arguments.split, source.relational_types):
         print(f"{result.metric:24} {result.value:6.2f} {result.unit:6} [{result.low:.2f}, {result.high:.2f}]")
 
 

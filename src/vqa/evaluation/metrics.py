@@ -1,13 +1,15 @@
 """What is measured on answers, with intervals that know that one image's questions go together."""
 
 from collections import Counter
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from vqa.evaluation.vqa_accuracy import agreement
-from vqa.results import Result
+from vqa.results import Result, accuracy_of
 
 Z = 1.959964  # normal quantile of a 95 % interval
 
@@ -131,34 +133,39 @@ def _commonest(answers: pd.Series) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer))  # ties: alphabetically
 
 
-def accuracy_results(predictions: pd.DataFrame, split: str) -> list[Result]:
+def accuracy_results(
+    predictions: pd.DataFrame, split: str, relational_types: Collection[str] = (), **labels: Any
+) -> list[Result]:
     """Accuracy overall, by question type, of the blind baseline, and the difference, all in percent.
 
-    `predictions` has image_id, question_type, correct, blind_correct: one row a question; a decoder's
-    also has answer and written, and answers where there are several. Types named relational_… are
-    also taken together, as are the others.
+    `predictions` has image_id, question_type, correct: one row a question; perhaps blind_correct; and a decoder's
+    also written, answer, and answers where there are several. The question types in `relational_types` are also taken
+    together, as are the others. `labels` are fields of Result.
     """
-    image = predictions["image_id"].to_numpy()
-    rows = [_accuracy("accuracy", predictions["correct"].to_numpy(), image, split)]
-    for kind, group in predictions.groupby("question_type"):
-        rows.append(_accuracy(f"accuracy_{kind}", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
-    relational = predictions["question_type"].str.startswith("relational_")
-    for name, chosen in (("relational", relational), ("non_relational", ~relational)):
+
+    def accuracy(metric: str, of: pd.DataFrame, correct: pd.Series) -> Result:
+        interval = percent(cluster_interval(correct.to_numpy(), of["image_id"].to_numpy()))
+        return Result(metric, *interval, split=split, **labels)
+
+    rows = [accuracy("accuracy", predictions, predictions["correct"])]
+    for question_type, group in predictions.groupby("question_type"):
+        rows.append(accuracy(accuracy_of(question_type), group, group["correct"]))
+    relational = predictions["question_type"].isin(relational_types)
+    for metric, chosen in (("relational_accuracy", relational), ("non_relational_accuracy", ~relational)):
         if relational.any() and chosen.any():
-            group = predictions[chosen]
-            rows.append(_accuracy(f"{name}_accuracy", group["correct"].to_numpy(), group["image_id"].to_numpy(), split))
-    rows.append(_accuracy("accuracy_blind", predictions["blind_correct"].to_numpy(), image, split))
+            rows.append(accuracy(metric, predictions[chosen], predictions[chosen]["correct"]))
     if "written" in predictions and predictions["written"].notna().all():  # by a decoder
-        freely = score(predictions["written"], predictions).to_numpy()
-        rows.append(_accuracy("accuracy_written", freely, image, split))
-    above = paired_difference(predictions["correct"], predictions["blind_correct"], predictions["image_id"])
-    value, low, high = (100 * part for part in above)
-    return [*rows, Result("accuracy_minus_blind", value, "points", low, high, split)]
+        rows.append(accuracy("accuracy_written", predictions, score(predictions["written"], predictions)))
+    if "blind_correct" in predictions:
+        rows.append(accuracy("accuracy_blind", predictions, predictions["blind_correct"]))
+        above = paired_difference(predictions["correct"], predictions["blind_correct"], predictions["image_id"])
+        rows.append(Result("accuracy_minus_blind", *percent(above), split=split, **labels))
+    return rows
 
 
-def _accuracy(metric: str, correct: np.ndarray, image: np.ndarray, split: str) -> Result:
-    value, low, high = (100 * part for part in cluster_interval(correct, image))
-    return Result(metric, value, "%", low, high, split)
+def percent(shares: tuple[float, float, float]) -> tuple[float, ...]:
+    """A value and the ends of its interval, from shares of 1."""
+    return tuple(100 * share for share in shares)
 
 
 def recall_results(
@@ -186,13 +193,6 @@ def recall_results(
         found = {f"recall_at_{k}": hits[:, :k].any(1) for k in (1, 5)}
         found["r_precision"] = (hits & (np.arange(hits.shape[1]) < count)).sum(1) / count[:, 0]
         for name, values in found.items():
-            value, low, high = (100 * part for part in cluster_interval(values, np.arange(len(values))))
-            rows.append(Result(f"{name}_{direction}", value, "%", low, high, split))
+            interval = percent(cluster_interval(values, np.arange(len(values))))
+            rows.append(Result(f"{name}_{direction}", *interval, split=split))
     return rows
-
-
-def median_result(metric: str, values: list[float], unit: str, labels: dict[str, str], quantile: float = 0.5) -> Result:
-    """The median of `values` (or another quantile) with a 95 % interval from 2,000 bootstrap resamples."""
-    resampled = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.quantile(resampled, quantile, axis=1), [0.025, 0.975])
-    return Result(metric, float(np.quantile(values, quantile)), unit, float(low), float(high), labels=labels)

@@ -1,23 +1,5 @@
-"""Measurements of training steps, interleaved in one process so that drift hits every arm alike.
+"""05_distillation: what a cached teacher saves, and how a student differs from the teacher it learned from."""
 
-    torchrun --standalone --nproc-per-node 1 -m vqa.benchmark --config FILE
-
-`overfit`    one batch, again and again: a model that cannot learn it by heart has a defect
-`grouping`   the study's batches against the same pairs with images and questions repeated
-`precision`  fp32 and bf16 autocast, each with and without gradient checkpointing
-`breakdown`  where the time of one training step goes
-`sharing`    the fusion alone: an image's keys and values projected once, against once per pair
-`costs`      several models side by side: operations, memory, training and answering speed
-`full_size`  memory of a step with the public full-size towers, which no accuracy is claimed of
-`caching`    a distillation step with cached targets, and with the teacher run beside it, against a plain step
-`understanding`  agreement, swaps, calibration, robustness and CKA of trained models; the first is the teacher
-`attention`  where a trained cross-attention model looks, for some right and some wrong answers
-`quantization`, `cross_check`, `sensitivity`, `latency`, `latency_compiled`  what deployment gains and costs, see
-               vqa.deployment
-`qat`        3-bit weights before and after quantization-aware fine-tuning, see vqa.qat
-"""
-
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,130 +10,131 @@ import torch
 from torchvision.transforms.v2 import functional as vision
 
 from vqa.config import RunConfig
-from vqa.data import source as sources
 from vqa.data.batches import VIEWS, Batch, Split
-from vqa.distributed import Rank
-from vqa.evaluation.metrics import calibration_error, cluster_interval, linear_cka, median_result, score, swap_test
-from vqa.experiments.measurement import Arm, BenchmarkConfig, interleave
+from vqa.data.source import Source
+from vqa.evaluation.evaluate import outputs
+from vqa.evaluation.metrics import calibration_error, cluster_interval, linear_cka, percent, score, swap_test
+from vqa.evaluation.timing import ratio
+from vqa.experiments.measurement import Measurement, TrainingArm, interleave_training, measures
 from vqa.models.build import load_vqa_model
 from vqa.models.vqa_model import VQAModel
-from vqa.results import Result
+from vqa.results import DISTORTIONS, Result
 from vqa.run_folder import Run
 from vqa.training.distillation import read_all
-from vqa.training.objectives import split_for
 
 
-def caching(config: BenchmarkConfig, source: sources.Source, rank: Rank) -> list[Result]:
-    """Seconds of a student's step: plain, distilled from cached targets, plain with its teacher's forward pass."""
-    (distilled,) = config.others
-    teacher = load_vqa_model(Run(distilled.teacher).folder / "model").to(rank.device)
+@measures
+def caching(m: Measurement) -> list[Result]:
+    """Seconds of a student's step: plain, distilled from cached targets, plain with its teacher's forward pass.
+
+    Of the two runs the second is the distilled one.
+    """
+    plain_run, distilled = m.config.runs
+    teacher = load_vqa_model(Run(distilled.teacher).folder / "model").to(m.rank.device)
 
     @torch.inference_mode()
     def ask_teacher(batch: Batch) -> Batch:
-        teacher.read(**batch.to(rank.device).inputs())
+        teacher(**batch.to(m.rank.device).inputs())
         return batch
 
-    arms = [
-        Arm({"engine": "plain"}, config.run, source, rank),
-        Arm({"engine": "cached"}, distilled, source, rank),
-        Arm({"engine": "online"}, config.run, source, rank, regroup=ask_teacher),
+    plain = TrainingArm(plain_run, m.source, m.rank, arm="plain")
+    cached = TrainingArm(distilled, m.source, m.rank, arm="cached")
+    online = TrainingArm(plain_run, m.source, m.rank, ask_teacher, arm="online")
+    interleave_training([plain, cached, online], m)
+    return [
+        *(arm.result("step_seconds") for arm in (plain, cached, online)),
+        cached.result("cached_over_plain_step_ratio", ratio(cached, plain)),
+        online.result("online_over_plain_step_ratio", ratio(online, plain)),
     ]
-    interleave(arms, config)
-    rows = [arm.result("step_seconds", arm.seconds, "s") for arm in arms]
-    for arm in arms[1:]:
-        ratios = [slow / fast for slow, fast in zip(arm.seconds, arms[0].seconds, strict=True)]
-        rows.append(median_result(f"{arm.name['engine']}_over_plain_step_ratio", ratios, "ratio", arm.name))
-    return rows
 
 
 SWAPS = {"image_swap": ["question"], "question_swap": ["image_id", "question_type"]}  # what stays the same
 
 
-def noisy(pixels: torch.Tensor, level: int) -> torch.Tensor:
+def noise(pixels: torch.Tensor, level: int) -> torch.Tensor:
     """uint8 `pixels` with Gaussian noise of standard deviation `level`, of 255; the same at every call."""
-    drawn = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels.device)
     return (pixels + level * drawn).round().clamp(0, 255).to(torch.uint8)
 
 
-def blurred(pixels: torch.Tensor, level: int) -> torch.Tensor:
+def blur(pixels: torch.Tensor, level: int) -> torch.Tensor:
     """uint8 `pixels` after a Gaussian blur of standard deviation `level`, in pixels."""
     return vision.gaussian_blur(pixels, [6 * level + 1] * 2, [float(level)] * 2)
 
 
-DISTORTIONS = [(noisy, 16), (noisy, 32), (noisy, 64), (blurred, 1), (blurred, 2), (blurred, 4)]
+DISTORT = {"noise": noise, "blur": blur}
 
 
 @dataclass
-class Judged:
-    """A trained model and what it says of the test split."""
+class EvaluatedModel:
+    """A trained model, its answers to the test split, and its features of it."""
 
     name: str
     model: VQAModel
     split: Split
     predictions: pd.DataFrame
-    said: dict[str, torch.Tensor]  # as targets.read_all gives it, for the images as they are
+    features: dict[str, torch.Tensor]  # as read_all gives them, of undistorted images
 
     @classmethod
-    def of(cls, config: RunConfig, source: sources.Source, device: torch.device) -> "Judged":
+    def of(cls, config: RunConfig, source: Source, device: torch.device) -> "EvaluatedModel":
         run = Run(config)
         model = load_vqa_model(run.folder / "model").to(device)
-        split = split_for(model, source.splits["test"])
+        split = Split(source.splits["test"], model.processor)
         predictions = run.predictions().query("split == 'test'").reset_index(drop=True)
-        return cls(config.kind, model, split, predictions, read_all(model, split, VIEWS[:1]))
+        return cls(config.model_name, model, split, predictions, read_all(model, split, VIEWS[:1]))
 
     def correct(self, distort: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
         """How right each answer (N,) is, 0 to 1, when images are seen through `distort`."""
-        split = copy.copy(self.split)
-        split.images = _Distorted(self.split.images, distort)
-        chosen = read_all(self.model, split, VIEWS[:1])["logits"][0].argmax(-1).numpy()
-        return score(pd.Series(np.array(self.model.answers)[chosen]), split.frame).to_numpy()
+
+        def answers(pixel_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.model(distort(pixel_values), **inputs).logits.argmax(-1).cpu()
+
+        device = next(self.model.parameters()).device
+        chosen = torch.cat([made for _, made in outputs(answers, self.split, device)]).numpy()
+        return score(pd.Series(np.array(self.model.processor.answers)[chosen]), self.split.frame).to_numpy()
 
 
-class _Distorted:
-    def __init__(self, images, distort: Callable[[torch.Tensor], torch.Tensor]):
-        self.images, self.distort = images, distort
-
-    def __getitem__(self, chosen: np.ndarray) -> torch.Tensor:
-        return self.distort(self.images[chosen])
-
-
-def understanding(runs: list[RunConfig], source: sources.Source, device: torch.device) -> list[Result]:
-    """All of it for each of `runs`, finished ones; the first is the teacher the others are compared with."""
-    teacher, *students = (Judged.of(run, source, device) for run in runs)
+@measures
+def understanding(m: Measurement) -> list[Result]:
+    """All of it for each of the finished runs; the first is the teacher the others are compared with."""
+    teacher, *students = (EvaluatedModel.of(run, m.source, m.rank.device) for run in m.config.runs)
     return [row for model in (teacher, *students) for row in (*_alone(model), *_beside(model, teacher))]
 
 
-def _alone(model: Judged) -> list[Result]:
-    labels, predictions = {"model": model.name}, model.predictions
+def _alone(model: EvaluatedModel) -> list[Result]:
+    """Calibration, answers to swapped inputs, accuracy on distorted images."""
+    predictions = model.predictions
     error = calibration_error(predictions["confidence"].to_numpy(), predictions["correct"].to_numpy())
-    rows = [Result("calibration_error", 100 * error, "points", split="test", labels=labels)]
+    rows = [Result("calibration_error", 100 * error, split="test", model=model.name)]
     for name, same in SWAPS.items():
         swaps = swap_test(predictions, same)
         for ending, must in (("changed", True), ("kept", False)):
             asked = swaps[swaps["must_change"] == must]
             right = (asked["changed"] == must).to_numpy()
-            rows.append(_share(f"{name}_{ending}", right, asked["image_id"].to_numpy(), labels))
+            rows.append(_share(f"{name}_{ending}", right, asked["image_id"].to_numpy(), model.name))
     image = model.split.frame["image_id"].to_numpy()
-    for distort, level in DISTORTIONS:
-        correct = model.correct(lambda pixels, distort=distort, level=level: distort(pixels, level))
-        rows.append(_share(f"accuracy_{distort.__name__}_{level}", correct, image, labels))
+    for arm, (kind, level) in DISTORTIONS.items():
+        correct = model.correct(lambda pixels, kind=kind, level=level: DISTORT[kind](pixels, level))
+        rows.append(_share("accuracy", correct, image, model.name, arm))
     return rows
 
 
-def _beside(model: Judged, teacher: Judged) -> list[Result]:
-    labels, ours, theirs = {"model": model.name}, model.predictions, teacher.predictions
+def _beside(model: EvaluatedModel, teacher: EvaluatedModel) -> list[Result]:
+    """Answers and features of `model` beside the teacher's."""
+    ours, theirs = model.predictions, teacher.predictions
     same = (ours["prediction"] == theirs["prediction"]).to_numpy()
     retained = 100 * ours["correct"].mean() / theirs["correct"].mean()
     rows = [
-        _share("agreement", same, ours["image_id"].to_numpy(), labels),
-        Result("retained_accuracy", retained, "%", split="test", labels=labels),
+        _share("agreement", same, ours["image_id"].to_numpy(), model.name),
+        Result("retained_accuracy", retained, split="test", model=model.name),
     ]
     for part in ("image", "text"):
-        first, second = (judged.said[part].flatten(0, -2) for judged in (model, teacher))
-        rows.append(Result(f"cka_{part}", linear_cka(first, second), "", split="test", labels=labels))
+        first, second = (evaluated.features[part].flatten(0, -2) for evaluated in (model, teacher))
+        rows.append(Result(f"cka_{part}", linear_cka(first, second), split="test", model=model.name))
     return rows
 
 
-def _share(metric: str, right: np.ndarray, image: np.ndarray, labels: dict[str, str]) -> Result:
-    value, low, high = (100 * part for part in cluster_interval(right, image)) if len(right) else [math.nan] * 3
-    return Result(metric, value, "%", low, high, "test", labels)
+def _share(metric: str, right: np.ndarray, image: np.ndarray, model: str, arm: str = "") -> Result:
+    """The mean of `right` (N,) in percent, with an interval over images; NaN where there is none."""
+    share = percent(cluster_interval(right, image)) if len(right) else [math.nan] * 3
+    return Result(metric, *share, "test", arm, model)

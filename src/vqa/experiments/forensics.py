@@ -1,6 +1,4 @@
-"""Why the earlier study's table looked as it did: alignment with one of its faults at a time, on 1, 2 and 4 ranks.
-
-    torchrun --standalone --nproc-per-node 1 -m vqa.experiments.forensics --config FILE
+"""07_forensics: alignment with one of the earlier study's faults at a time, on 1, 2 and 4 simulated ranks.
 
 The faults live here alone; the study's own loop cannot be made to have them. Ranks are simulated in
 one process: the step's pairs go through the towers at once, each simulated rank takes its share of
@@ -9,32 +7,26 @@ gradients is (a test compares it with real ranks). Batch statistics are those of
 SyncBatchNorm.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import transformers
 from torch import nn
 from torch.nn.functional import kl_div
 
-from vqa.config import ConfigError, LaunchConfig, Positive, Profile, RunConfig, Section, load_section
-from vqa.data import source as sources
+from vqa.config import ConfigError
 from vqa.data.batches import Batch, Split
-from vqa.distributed import Rank, process_group
-from vqa.results import Result
-from vqa.run_folder import Run, RunError
+from vqa.experiments.earlier_study import spread
+from vqa.experiments.jobs import SOUND_BATCH
+from vqa.experiments.measurement import Measurement, measures
+from vqa.results import EARLIER, EARLIER_RECIPE, SOUND, TAUGHT, UNTAUGHT, Result
 from vqa.training.losses import contrastive_loss
 from vqa.training.objectives import Alignment
-from vqa.training.train import load_data, optimizer
+from vqa.training.train import optimizer
 
-EARLIER = {1: 0.52, 2: 1.44, 4: 0.098}  # its final losses by GPUs, as published
 PAIRS_PER_RANK = 16
-SOUND_BATCH = 64  # pairs a step at every world size
 WARMUP_SHARE = 0.01  # of the one-rank schedule: the earlier 1,000 steps of 7 x 16,600, whatever the ranks
 CUT = 4 / 7  # epochs trained of epochs scheduled
 SECOND_TEMPERATURE = 0.07
@@ -45,9 +37,7 @@ DROPOUT = 0.1  # of a teacher left in train mode
 class Recipe:
     """How one alignment is trained. As it stands here, soundly; a fault changes one field."""
 
-    batch_grows: bool = (
-        False  # PAIRS_PER_RANK on each rank, the rate and the warm-up's steps unchanged; else SOUND_BATCH
-    )
+    batch_grows: bool = False  # PAIRS_PER_RANK on each rank at one rate and warm-up, not SOUND_BATCH over all ranks
     local_negatives: bool = False  # each rank compares its own pairs only
     schedule_part: float = 1.0  # of the schedule that is run
     second_temperature: float = 1.0  # divides logits that were scaled already
@@ -61,8 +51,6 @@ class Recipe:
         return self.batch_grows or self.local_negatives
 
 
-SOUND, EARLIER_RECIPE = "none", "all that bear on its table"
-TAUGHT, UNTAUGHT = "none, distilled", "teacher untrained, in train mode"
 RECIPES = {
     SOUND: Recipe(),
     "local negatives": Recipe(local_negatives=True),
@@ -82,82 +70,85 @@ RECIPES = {
 }
 
 
-class ForensicsConfig(Section):
-    """Every recipe with the data, towers, rate, epochs and seed of alignment run `run`, on `ranks` simulated ranks."""
-
-    run: RunConfig
-    ranks: Positive
-
-    @property
-    def name(self) -> str:
-        return f"forensics-{self.ranks}-ranks-seed{self.run.seed}"
-
-    @property
-    def launch(self) -> LaunchConfig:
-        return self.run.launch
-
-
-def forensics_configs(profile: Profile) -> list[ForensicsConfig]:
-    """One job a seed and world size; the student's towers, which learn fastest."""
-    study = profile.forensics
-    configs = []
-    for seed in study.seeds:
-        run = profile.run("student", seed, data__train_images=study.images, launch__world_size=1).parent
-        train = run.train.model_copy(update={"epochs": study.epochs, "global_batch_size": SOUND_BATCH})
-        configs += [ForensicsConfig(run=run.model_copy(update={"train": train}), ranks=n) for n in EARLIER]
-    return configs
-
-
 @dataclass(frozen=True)
 class Trained:
-    """A model and the losses of its steps: `own` (S, ranks) of each rank's pairs."""
+    """A model and the losses of its steps: `losses` (S, ranks) of each rank's pairs."""
 
     objective: Alignment
-    own: np.ndarray
+    losses: np.ndarray
     last_epoch: int  # steps
 
     @property
     def reported(self) -> np.ndarray:
         """(last epoch's steps,) the mean over ranks: what a sound log shows."""
-        return self.own[-self.last_epoch :].mean(1)
+        return self.losses[-self.last_epoch :].mean(1)
 
     @property
     def first_rank(self) -> np.ndarray:
         """(last epoch's steps,) rank 0's own batches, of which the earlier study showed the last."""
-        return self.own[-self.last_epoch :, 0]
+        return self.losses[-self.last_epoch :, 0]
 
 
-def train(config: ForensicsConfig, recipe: Recipe, source: sources.Source, rank: Rank, teacher=None) -> Trained:
-    """Align two fresh towers by `recipe`; every recipe meets equally many images."""
-    torch.manual_seed(config.run.seed)
-    objective = Alignment(config.run, source, rank)
-    model, split, settings = objective.model.to(rank.device), objective.train_split, config.run.train
-    per_rank = PAIRS_PER_RANK if recipe.batch_grows else SOUND_BATCH // config.ranks
-    steps_per_epoch = len(split) // (per_rank * config.ranks)
-    scheduled = settings.epochs * steps_per_epoch / recipe.schedule_part
+@measures
+def forensics(m: Measurement) -> list[Result]:
+    """Train by every recipe; results say what was reported and what was learned, metrics.jsonl each last-epoch step.
+
+    A recipe whose steps do not know of ranks is trained by the one-rank job, whose rows then stand for all numbers.
+    """
+    rows, sound, simulated = [], None, m.config.simulated_ranks
+    for fault, recipe in RECIPES.items():
+        if simulated > 1 and not recipe.knows_ranks:
+            continue
+        trained = train(m, recipe, teacher_for(recipe, m, sound))
+        sound = sound or trained
+        found = [
+            Result("reported_loss", float(trained.reported.mean()), arm=fault),
+            Result("last_batch_spread", spread(*np.quantile(trained.first_rank, [0.025, 0.975])), arm=fault),
+            Result("yardstick_loss", yardstick(trained, recipe), arm=fault),
+            Result("r_precision", 100 * trained.objective.validate(), arm=fault),
+        ]
+        for ranks in (simulated,) if recipe.knows_ranks else EARLIER:
+            rows += [replace(row, world_size=ranks) for row in found]
+            for step, (mean, first) in enumerate(zip(trained.reported, trained.first_rank, strict=True)):
+                m.run.log_metrics(fault=fault, ranks=ranks, step=step, loss=float(mean), first_rank=float(first))
+        print(f"{fault:32}" + "".join(f"  {row.metric} {row.value:.3g}" for row in found), flush=True)
+    return rows
+
+
+def train(m: Measurement, recipe: Recipe, teacher: nn.Module | None = None) -> Trained:
+    """Align two fresh towers by `recipe`; every recipe meets equally many images.
+
+    Raises ConfigError where images are too few for one step.
+    """
+    torch.manual_seed(m.first.seed)
+    objective = Alignment(m.first, m.source, m.rank)
+    model, split = objective.model.to(m.rank.device), objective.train_split
+    settings, ranks = m.first.train, m.config.simulated_ranks
+    per_rank = PAIRS_PER_RANK if recipe.batch_grows else SOUND_BATCH // ranks
+    scheduled = settings.epochs * (len(split) // (per_rank * ranks)) / recipe.schedule_part
     warmup = settings.warmup_fraction * scheduled
     if recipe.batch_grows:  # counted in steps, so that it takes a larger share where ranks make steps fewer
-        warmup = WARMUP_SHARE * scheduled * config.ranks
+        warmup = WARMUP_SHARE * scheduled * ranks
     optimize = optimizer(model, settings)
     schedule = transformers.get_cosine_schedule_with_warmup(optimize, round(warmup), round(scheduled))
-    own, lengths = [], []
+    losses, lengths = [], []
     for epoch in range(settings.epochs):
-        generator = np.random.default_rng([config.run.seed, epoch])
-        batches = list(batches_of(split, per_rank, config.ranks, recipe.distinct_captions, generator))
+        generator = np.random.default_rng([m.first.seed, epoch])
+        batches = list(batches_of(split, per_rank, ranks, recipe.distinct_captions, generator))
         lengths.append(len(batches))
         for images in batches:
-            flips = generator.random((len(images), 2)) < 0.5 if config.run.data.flips else None
-            batch = split.batch(images, flips).to(rank.device)
-            losses = rank_losses(model.train(), batch, config.ranks, recipe, teacher)
-            losses.mean().backward()
+            flips = generator.random((len(images), 2)) < 0.5 if m.first.data.flips else None
+            batch = split.batch(images, flips).to(m.rank.device)
+            loss = rank_losses(model.train(), batch, ranks, recipe, teacher)
+            loss.mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
             optimize.step()
             schedule.step()
             optimize.zero_grad()
-            own.append(losses.detach().cpu().numpy())
-    if not own:
+            losses.append(loss.detach().cpu().numpy())
+    if not losses:
         raise ConfigError(f"forensics.images leaves {len(split)} captions, too few for a batch of each rank")
-    return Trained(objective, np.stack(own), lengths[-1])
+    return Trained(objective, np.stack(losses), lengths[-1])
 
 
 def batches_of(
@@ -209,14 +200,14 @@ def _row_divergence(logits: torch.Tensor, teacher: nn.Module, batch: Batch) -> t
     return kl_div(logits.log_softmax(1), (images @ captions.T * scale).softmax(1), reduction="batchmean")
 
 
-def teacher_for(recipe: Recipe, config: ForensicsConfig, source: sources.Source, rank: Rank, sound: Trained):
+def teacher_for(recipe: Recipe, m: Measurement, sound: Trained | None) -> nn.Module | None:
     """The soundly trained model in eval mode, or a fresh one with dropout on, or none."""
     if recipe.teacher == "trained":
         return sound.objective.model.eval()
     if recipe.teacher == "untrained":
-        torch.manual_seed(config.run.seed + 1)
-        noisy = config.run.model.model_copy(update={"dropout": DROPOUT})
-        return Alignment(config.run.model_copy(update={"model": noisy}), source, rank).model.to(rank.device).train()
+        torch.manual_seed(m.first.seed + 1)
+        noisy = m.first.model.model_copy(update={"dropout": DROPOUT})
+        return Alignment(m.first.model_copy(update={"model": noisy}), m.source, m.rank).model.to(m.rank.device).train()
     return None
 
 
@@ -230,98 +221,3 @@ def yardstick(trained: Trained, recipe: Recipe) -> float:
     measure = Recipe(second_temperature=recipe.second_temperature)
     batches = [split.batch(block).to(device) for block in blocks]
     return float(np.mean([rank_losses(model, batch, 1, measure, None).item() for batch in batches]))
-
-
-def examine(config: ForensicsConfig, source: sources.Source, rank: Rank, run: Run) -> list[Result]:
-    """Train by every recipe; results say what was reported and what was learned, metrics.jsonl each last-epoch step.
-
-    A recipe whose steps do not know of ranks is trained by the one-rank job, for all numbers of ranks.
-    """
-    rows, sound = [], None
-    for fault, recipe in RECIPES.items():
-        if config.ranks > 1 and not recipe.knows_ranks:
-            continue
-        trained = train(config, recipe, source, rank, teacher_for(recipe, config, source, rank, sound))
-        sound = sound or trained
-        found = [
-            Result("reported_loss", float(trained.reported.mean()), "nats"),
-            Result("last_batch_spread", spread(*np.quantile(trained.first_rank, [0.025, 0.975])), "%"),
-            Result("yardstick_loss", yardstick(trained, recipe), "nats"),
-            Result("r_precision", 100 * trained.objective.judge(), "%"),
-        ]
-        for ranks in (config.ranks,) if recipe.knows_ranks else EARLIER:
-            labels = {"engine": fault, "world_size": str(ranks)}
-            rows += [replace(row, labels=labels) for row in found]
-            for step, (mean, first) in enumerate(zip(trained.reported, trained.first_rank, strict=True)):
-                run.log_metrics(fault=fault, ranks=ranks, step=step, loss=float(mean), first_rank=float(first))
-        print(f"{fault:32}" + "".join(f"  {row.metric} {row.value:.3g}" for row in found), flush=True)
-    return rows
-
-
-def spread(*losses: float) -> float:
-    """How far `losses` lie apart, ln(largest / smallest), in percent of how far the earlier table's do."""
-    earlier = max(EARLIER.values()) / min(EARLIER.values())
-    return 100 * float(np.log(max(losses) / min(losses)) / np.log(earlier))
-
-
-def explained(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a fault: its reported loss by ranks, and how far ranks lie apart, in percent of the earlier spread.
-
-    Beside it the same by the yardstick, and for single batches of rank 0 (95 % of those of the last
-    epoch, the mean over ranks). Means over seeds, in brackets the lowest and the highest.
-    """
-    rows = rows.astype({"world_size": int})
-    table = []
-    for fault, group in rows.groupby("engine", sort=False):
-        found = group.pivot_table(index=["metric", "seed"], columns="world_size", values="value")
-        reported, yardsticks = found.loc["reported_loss"], found.loc["yardstick_loss"]
-        shares = {
-            "spread over ranks, %": reported.apply(lambda losses: spread(*losses), axis=1),
-            "by the yardstick, %": yardsticks.apply(lambda losses: spread(*losses), axis=1),
-            "by which batch was last, %": found.loc["last_batch_spread"].mean(axis=1),
-        }
-        losses = {f"reported, {ranks} rank{'s' * (ranks > 1)}": reported[ranks] for ranks in reported}
-        table.append({"fault": fault} | {name: _mean_and_range(values) for name, values in (losses | shares).items()})
-    return pd.DataFrame(table).set_index("fault")
-
-
-def _mean_and_range(values: pd.Series) -> str:
-    return f"{values.mean():.3g}" + (f" [{values.min():.3g}, {values.max():.3g}]" if len(values) > 1 else "")
-
-
-def reconstructed(losses: dict[int, np.ndarray]) -> dict[str, float]:
-    """How often single batches, one drawn at each number of ranks, repeat the earlier table.
-
-    `losses` are rank 0's of a last epoch. `order`: the share of draws with four ranks below one below
-    two (a sixth by chance alone); `apart`: with two ranks at least as many times above four as
-    published; `reach`: the largest ratio of two to four ranks; `span`: how far the most favourable
-    draws of any ranks lie apart, in percent of how far the published losses do.
-    """
-    one, two, four = (losses[ranks] for ranks in EARLIER)
-    ratios = two[:, None] / four
-    return {
-        "order": float(np.mean([(four < loss).mean() * (two > loss).mean() for loss in one])),
-        "apart": float((ratios >= EARLIER[2] / EARLIER[4]).mean()),
-        "reach": float(ratios.max()),
-        "span": spread(*(end(batch) for batch in losses.values() for end in (min, max))),
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Align two towers with the earlier study's faults; start with torchrun."
-    )
-    parser.add_argument("--config", type=Path, required=True)
-    arguments = parser.parse_args()
-    try:
-        config = load_section(ForensicsConfig, arguments.config)
-        run = Run(config, module="vqa.experiments.forensics")
-        with process_group(config.launch) as rank, run.writing():
-            (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-            run.finish(examine(config, load_data(config.run, rank), rank, run))
-    except (ConfigError, RunError, sources.SourceError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,97 +1,91 @@
-"""Measurements of training steps, interleaved in one process so that drift hits every arm alike.
+"""What measurements have in common: one registry, what each is given, and an arm that trains."""
 
-    torchrun --standalone --nproc-per-node 1 -m vqa.benchmark --config FILE
-
-`overfit`    one batch, again and again: a model that cannot learn it by heart has a defect
-`grouping`   the study's batches against the same pairs with images and questions repeated
-`precision`  fp32 and bf16 autocast, each with and without gradient checkpointing
-`breakdown`  where the time of one training step goes
-`sharing`    the fusion alone: an image's keys and values projected once, against once per pair
-`costs`      several models side by side: operations, memory, training and answering speed
-`full_size`  memory of a step with the public full-size towers, which no accuracy is claimed of
-`caching`    a distillation step with cached targets, and with the teacher run beside it, against a plain step
-`understanding`  agreement, swaps, calibration, robustness and CKA of trained models; the first is the teacher
-`attention`  where a trained cross-attention model looks, for some right and some wrong answers
-`quantization`, `cross_check`, `sensitivity`, `latency`, `latency_compiled`  what deployment gains and costs, see
-               vqa.deployment
-`qat`        3-bit weights before and after quantization-aware fine-tuning, see vqa.qat
-"""
-
-import time
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from vqa.config import LaunchConfig, RunConfig, Section
-from vqa.data import source as sources
+from vqa.config import MeasurementConfig, RunConfig
+from vqa.data.batches import Batch
+from vqa.data.source import Source
 from vqa.distributed import Rank
-from vqa.evaluation.metrics import median_result
-from vqa.results import Result
-from vqa.training.objectives import OBJECTIVES
-from vqa.training.train import Trainer
+from vqa.evaluation.timing import Arm, interleave
+from vqa.results import KINDS, Result
+from vqa.run_folder import Run
+from vqa.training.train import OBJECTIVES, Trainer
 
-WARMUP_STEPS = 3
+WARMUP_STEPS = 3  # of each arm, untimed
 
 
-class BenchmarkConfig(Section):
-    """What is measured (`kind`), on which training run, over how many steps an arm."""
+@dataclass(frozen=True)
+class Measurement:
+    """What a measurement is given: its config, the data set, the rank it runs on, the folder it may write to."""
 
-    kind: Literal[
-        *("overfit", "grouping", "precision", "breakdown", "sharing", "costs", "full_size"),
-        *("caching", "understanding", "attention", "quantization", "sensitivity", "cross_check"),
-        *("latency", "latency_compiled", "qat"),
-    ]
-    run: RunConfig
-    others: list[RunConfig] = Field(default_factory=list)  # measured beside it
-    steps: int
+    config: MeasurementConfig
+    source: Source
+    rank: Rank
+    run: Run
 
     @property
-    def name(self) -> str:
-        return f"{self.run.role}-{self.run.model.fusion.kind}-{self.kind}"
-
-    @property
-    def launch(self) -> LaunchConfig:
-        return self.run.launch
+    def first(self) -> RunConfig:
+        """The run that a measurement of one run is about."""
+        return self.config.runs[0]
 
 
-class Arm:
-    """One way to train the same run: its own model and optimizer, and what its steps cost."""
+MEASURES: dict[str, Callable[[Measurement], list[Result]]] = {}
 
-    def __init__(self, name: dict[str, str], run: RunConfig, source: sources.Source, rank: Rank, regroup=None):
-        torch.manual_seed(run.seed)
-        self.name, self.rank, self.regroup = name, rank, regroup or (lambda batch: batch)
+
+def measures(measure: Callable[[Measurement], list[Result]]) -> Callable[[Measurement], list[Result]]:
+    """Enter `measure` in MEASURES under its own name. Raises KeyError for a name that results.KINDS does not have."""
+    if measure.__name__ not in KINDS:
+        raise KeyError(f"results.KINDS has no sentence for the measurement {measure.__name__!r}")
+    MEASURES[measure.__name__] = measure
+    return measure
+
+
+class TrainingArm(Arm):
+    """The training step of `run` as an arm: a model and an optimizer of its own, fed with image numbers.
+
+    `regroup` changes each batch once it is made, which is part of the step. `labels` as in Arm.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        source: Source,
+        rank: Rank,
+        regroup: Callable[[Batch], Batch] = lambda batch: batch,
+        **labels: str,
+    ):
+        super().__init__(labels, self.train)
+        torch.manual_seed(run.seed)  # arms of one run start alike
         untrained = run.model_copy(update={"parent": None})  # no step is faster for better weights
         self.objective = OBJECTIVES[run.objective](untrained, source, rank)
         self.objective.network.to(rank.device).train()
         self.trainer = Trainer(run, self.objective, rank)
-        self.seconds: list[float] = []
+        self.model, self.split = self.objective.model, self.objective.train_split
+        self.rank, self.regroup = rank, regroup
 
-    def step(self, images: np.ndarray) -> None:
-        """A whole training step on `images`, making the batch included."""
-        self._wait()
-        started = time.perf_counter()
-        batch = self.regroup(self.objective.train_split.batch(images)).to(self.rank.device)
-        self.trainer.update([batch], images)
-        self._wait()
-        self.seconds.append(time.perf_counter() - started)
+    def train(self, images: np.ndarray) -> None:
+        """One step on `images`, (B,) numbers in the training split."""
+        self.update(self.regroup(self.split.batch(images)), images)
 
-    def _wait(self) -> None:
-        if self.rank.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def result(self, metric: str, values: list[float], unit: str) -> Result:
-        return median_result(metric, values, unit, self.name)
+    def update(self, batch: Batch, images: np.ndarray) -> torch.Tensor:
+        """One step on `batch`, made of `images` before; its loss."""
+        return self.trainer.update([batch.to(self.rank.device)], images)[0]
 
 
-def interleave(arms: list[Arm], config: BenchmarkConfig) -> None:
-    """Every arm takes step 1, then every arm step 2, …; warm-up steps are forgotten."""
-    order = np.random.default_rng(config.run.seed).permutation(len(arms[0].objective.train_split))
-    size = config.run.train.global_batch_size
-    for step in range(WARMUP_STEPS + config.steps):
-        images = np.take(order, np.arange(step * size, (step + 1) * size), mode="wrap")
-        for arm in arms:
-            arm.step(images)
-    for arm in arms:
-        del arm.seconds[:WARMUP_STEPS]
+def step_images(run: RunConfig, images: int, steps: int, size: int = 0) -> list[np.ndarray]:
+    """Image numbers of WARMUP_STEPS and `steps` more steps, `size` (or a global batch) each, out of `images`.
+
+    They come in a random order, which begins again where it ends.
+    """
+    order, size = np.random.default_rng(run.seed).permutation(images), size or run.train.global_batch_size
+    count = WARMUP_STEPS + steps
+    return [np.take(order, np.arange(step * size, (step + 1) * size), mode="wrap") for step in range(count)]
+
+
+def interleave_training(arms: list[TrainingArm], m: Measurement) -> None:
+    """`interleave` over training steps; each arm then has as many seconds as the config has steps."""
+    interleave(arms, step_images(m.first, len(arms[0].split), m.config.steps), WARMUP_STEPS)

@@ -1,18 +1,8 @@
-"""The same training on 1, 2 and 4 ranks: what it learns (the same), and how fast (predicted, then measured).
+"""04_scaling: training steps on 1, 2, … ranks, each of DDP's options, and a prediction, in turn within one job."""
 
-    torchrun --standalone --nproc-per-node N -m vqa.experiments.scaling_speed --config FILE
-
-`parity`  a run's own loop, every step's loss recorded, against the same job on one rank
-`speed`   steps on 1, 2, … ranks in turn within one job, DDP's options one at a time, beside a prediction
-`loops`   this study's loop against transformers.Trainer and a bare loop (vqa.loops)
-"""
-
-import argparse
-import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,32 +11,29 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from vqa.config import ConfigError, RunConfig, load_section
-from vqa.data import source as sources
-from vqa.distributed import Rank, check_devices, gather_objects, process_group
-from vqa.evaluation.metrics import median_result
-from vqa.experiments.measurement import WARMUP_STEPS
-from vqa.experiments.scaling_loops import loops
-from vqa.experiments.scaling_parity import ScalingConfig, parity
+from vqa.config import RunConfig
+from vqa.distributed import Rank, gather_objects
+from vqa.evaluation.timing import Arm, interleave, median_result
+from vqa.experiments.measurement import WARMUP_STEPS, Measurement, measures, step_images
 from vqa.experiments.step_time_model import ACCUMULATED_PARTS, exposed_seconds
 from vqa.results import Result
-from vqa.run_folder import Run, RunError
 from vqa.training.objectives import Answers
-from vqa.training.train import Trainer, load_data
+from vqa.training.train import Trainer
 
 EXCHANGES = 10  # of a whole gradient, that bandwidth is measured with
-KNOBS = {  # options of DistributedDataParallel, one at a time
+PLAIN, SMALL_BUCKETS, BF16_GRADIENTS = "plain", "buckets of 1 MB", "bf16 gradients"
+OPTIONS = {  # of DistributedDataParallel, one at a time
     "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
     "static_graph": {"static_graph": True},
-    "buckets of 1 MB": {"bucket_cap_mb": 1},
+    SMALL_BUCKETS: {"bucket_cap_mb": 1},
     "one bucket": {"bucket_cap_mb": 1000},
     "find_unused_parameters": {"find_unused_parameters": True},  # as in the earlier study
-    "bf16 gradients": {},
+    BF16_GRADIENTS: {},
 }
 
 
 @dataclass(frozen=True)
-class Way:
+class StepVariant:
     """One way to take a training step: by the first `ranks` ranks, accumulating or not, exchanging gradients or not.
 
     A plain step shares out one global batch. An accumulated one takes ACCUMULATED_PARTS of them, each whole
@@ -56,13 +43,13 @@ class Way:
     ranks: int
     accumulated: bool = False
     exchange: bool = True
-    knob: str = "plain"
+    option: str = PLAIN
     half: bool = False
 
     @property
-    def labels(self) -> dict[str, str]:
-        engine = "half the images" if self.half else self.knob if self.exchange else "no exchange"
-        return {"engine": engine + (", accumulated" if self.accumulated else ""), "world_size": str(self.ranks)}
+    def labels(self) -> dict[str, Any]:
+        arm = "half the images" if self.half else self.option if self.exchange else "no exchange"
+        return {"arm": arm + (", accumulated" if self.accumulated else ""), "world_size": self.ranks}
 
     @property
     def parts(self) -> int:
@@ -74,102 +61,94 @@ class Way:
         return global_batch_size * ACCUMULATED_PARTS if self.accumulated else global_batch_size // (1 + self.half)
 
 
-class Arm:
-    """A model, its optimizer and its steps' seconds for one Way. Ranks beyond the Way's own only wait."""
+class VariantArm(Arm):
+    """Training steps of one StepVariant, with a model and an optimizer of their own, fed with image numbers.
 
-    def __init__(self, way: Way, run: RunConfig, source: sources.Source, rank: Rank, group: dist.ProcessGroup | None):
+    All ranks start a step together. Those beyond the variant's own then do nothing.
+    """
+
+    def __init__(self, variant: StepVariant, run: RunConfig, m: Measurement, group: dist.ProcessGroup | None):
+        super().__init__(variant.labels, self.train, prepare=lambda _: dist.barrier())
         torch.manual_seed(run.seed)
-        self.way, self.rank, self.seconds = way, rank, []
-        self.images = way.images(run.train.global_batch_size)
-        alone = Rank(rank.rank, rank.local_rank, 1, rank.device)
-        objective = Answers(run, source, alone)
-        objective.model.to(rank.device).train()
-        self.trainer = Trainer(run, objective, alone)
-        if way.exchange and way.ranks > 1 and rank.rank < way.ranks:
-            options = KNOBS.get(way.knob, {})
+        self.variant, self.rank, self.images = variant, m.rank, variant.images(run.train.global_batch_size)
+        alone = replace(m.rank, world_size=1)
+        objective = Answers(run.model_copy(update={"parent": None}), m.source, alone)
+        objective.model.to(m.rank.device).train()
+        self.trainer, self.split = Trainer(run, objective, alone), objective.train_split
+        if variant.exchange and variant.ranks > 1 and m.rank.rank < variant.ranks:
+            options = OPTIONS.get(variant.option, {})
             self.trainer.model = DistributedDataParallel(self.trainer.model, process_group=group, **options)
-            self.trainer.rank = objective.rank = Rank(rank.rank, rank.local_rank, way.ranks, rank.device)
-            if way.knob == "bf16 gradients":
+            self.trainer.rank = objective.rank = replace(m.rank, world_size=variant.ranks)
+            if variant.option == BF16_GRADIENTS:
                 self.trainer.model.register_comm_hook(group, bf16_compress_hook)
 
-    def step(self, images: np.ndarray) -> None:
-        """One whole training step on the first of `images` that the Way takes, timed on each of its ranks.
-
-        Making the batches is part of it.
-        """
-        dist.barrier()
-        if self.rank.rank >= self.way.ranks:
-            return
-        images = images[: self.images]
-        started = time.perf_counter()
-        shares = np.split(images, self.way.ranks * self.way.parts)[self.rank.rank :: self.way.ranks]
-        batches = [self.trainer.split.batch(share).to(self.rank.device) for share in shares]
-        self.trainer.update(batches, images)
-        if self.rank.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - started)
+    def train(self, images: np.ndarray) -> None:
+        """One step on the first of `images` that the variant takes, making the batches included."""
+        if self.rank.rank < self.variant.ranks:
+            images = images[: self.images]
+            shares = np.split(images, self.variant.ranks * self.variant.parts)[self.rank.rank :: self.variant.ranks]
+            self.trainer.update([self.split.batch(share).to(self.rank.device) for share in shares], images)
 
 
-def speed(config: ScalingConfig, source: sources.Source, rank: Rank) -> list[Result]:
+def variants(sizes: list[int]) -> list[StepVariant]:
+    """All that is measured with numbers of ranks `sizes`, which begin with 1."""
+    made = [StepVariant(n, accumulated) for n in sizes for accumulated in (False, True)]
+    made += [replace(variant, exchange=False) for variant in made if variant.ranks > 1] + [StepVariant(1, half=True)]
+    return made + [StepVariant(2, option=option) for option in OPTIONS if len(sizes) > 1]
+
+
+@measures
+def speed(m: Measurement) -> list[Result]:
     """Steps on 1, 2, … ranks, in turn, all in this one job.
 
     Plain ones share out the same global batch, accumulated ones the same ACCUMULATED_PARTS global batches.
-    `no exchange` ways compute the same but keep their gradients. A step lasts as long as its slowest rank.
-    Predicted is a step that computes what it does without exchange, then exchanges as ranks do that do nothing else.
+    `no exchange` variants compute the same but keep their gradients. A step lasts as long as its slowest rank.
     """
-    sizes = [n for n in (1, 2, 4) if n <= rank.world_size]
+    sizes = [n for n in (1, 2, 4) if n <= m.rank.world_size]
     groups = {n: dist.new_group(range(n)) for n in sizes}
-    ways = [Way(n, accumulated) for n in sizes for accumulated in (False, True)]
-    ways += [replace(way, exchange=False) for way in ways if way.ranks > 1] + [Way(1, half=True)]
-    ways += [Way(2, knob=knob) for knob in KNOBS if rank.world_size > 1]
-    arms = [Arm(way, config.run, source, rank, groups[way.ranks]) for way in ways]
-    _in_turn(arms, config)
-    gradient = sum(p.numel() * p.element_size() for p in arms[0].trainer.model.parameters())
-    bandwidth = {n: gradient / _exchange_seconds(arms[0].trainer.model, rank, groups[n], n) for n in sizes if n > 1}
-    shares = gather_objects([arm.seconds for arm in arms], rank)
-    overlap = [
-        row for arm in arms if arm.way in (Way(2), Way(2, knob="buckets of 1 MB")) for row in _overlap(arm, config)
-    ]
-    if not rank.is_main:
+    arms = [VariantArm(variant, m.first, m, groups[variant.ranks]) for variant in variants(sizes)]
+    split, largest = arms[0].split, max(arm.images for arm in arms)
+    order = np.random.default_rng(m.first.seed)  # of the arms, the same on every rank
+    interleave(arms, step_images(m.first, len(split), m.config.steps, largest), WARMUP_STEPS, order)
+    model = arms[0].trainer.model
+    gradient = sum(p.numel() * p.element_size() for p in model.parameters())  # bytes
+    bandwidth = {n: gradient / exchange_seconds(model, m.rank, groups[n], n) for n in sizes if n > 1}
+    shares = gather_objects([arm.seconds for arm in arms], m.rank)
+    traced = [StepVariant(2), StepVariant(2, option=SMALL_BUCKETS)]
+    overlap = [row for arm in arms if arm.variant in traced for row in _overlap(arm, m)]
+    if not m.rank.is_main:
         return []
-    found = {way: np.max([share[place] for share in shares[: way.ranks]], axis=0) for place, way in enumerate(ways)}
-    rows = [_median("step_seconds", seconds, "s", way) for way, seconds in found.items()]
-    rows += [Result("exchange_bytes_per_second", b, "B/s", labels={"world_size": str(n)}) for n, b in bandwidth.items()]
-    for way in ways:
-        alone = found[Way(1, way.accumulated)]
-        if way.ranks > 1 or way.half:
-            rows.append(_median("scaling_efficiency", alone / (max(way.ranks, 2) * found[way]), "ratio", way))
-        if way.ranks > 1 and way.exchange and way.knob == "plain":
-            silent = found[Way(way.ranks, way.accumulated, exchange=False)]
-            predicted = silent + exposed_seconds(gradient, bandwidth[way.ranks])
-            rows.append(_median("predicted_step_seconds", predicted, "s", way))
-            rows.append(_median("measured_over_predicted_ratio", found[way] / predicted, "ratio", way))
-        if way.knob in KNOBS:
-            rows.append(_median("step_time_ratio", found[way] / found[Way(way.ranks)], "ratio", way))
-    return rows + overlap
+    slowest = {
+        arm.variant: np.max([share[place] for share in shares[: arm.variant.ranks]], axis=0)
+        for place, arm in enumerate(arms)
+    }
+    exchanged = [Result("exchange_bytes_per_second", rate, world_size=n) for n, rate in bandwidth.items()]
+    waits = {n: exposed_seconds(gradient, rate) for n, rate in bandwidth.items()}
+    return [*step_results(slowest, waits), *exchanged, *overlap]
 
 
-def _in_turn(arms: list[Arm], config: ScalingConfig) -> None:
-    """Every arm takes step 1, then every arm step 2, …, each time in another order; warm-up is forgotten.
+def step_results(seconds: dict[StepVariant, np.ndarray], waits: dict[int, float]) -> list[Result]:
+    """Step times from the `seconds` (steps,) of each variant, and what they are over each other, step by step.
 
-    Drift and what the arm before left in the caches then hit all alike.
+    Predicted is a step that computes what it does without exchange and then waits, `waits` seconds by ranks, for an
+    exchange among ranks that do nothing else.
     """
-    generator = np.random.default_rng(config.run.seed)
-    order = generator.permutation(len(arms[0].trainer.split))
-    size = max(arm.images for arm in arms)
-    for step in range(WARMUP_STEPS + config.steps):
-        images = np.take(order, np.arange(step * size, (step + 1) * size), mode="wrap")
-        for place in generator.permutation(len(arms)):
-            arms[place].step(images)
-    for arm in arms:
-        del arm.seconds[:WARMUP_STEPS]
+    rows = []
+    for variant, spent in seconds.items():
+        found = {"step_seconds": spent}
+        alone = seconds[StepVariant(1, variant.accumulated)]
+        if variant.ranks > 1 or variant.half:
+            found["scaling_efficiency"] = alone / (max(variant.ranks, 2) * spent)
+        if variant.ranks > 1 and variant.exchange and variant.option == PLAIN:
+            predicted = seconds[replace(variant, exchange=False)] + waits[variant.ranks]
+            found |= {"predicted_step_seconds": predicted, "measured_over_predicted_ratio": spent / predicted}
+        if variant.option in OPTIONS:
+            found["step_time_ratio"] = spent / seconds[StepVariant(variant.ranks)]
+        rows += [median_result(metric, values, **variant.labels) for metric, values in found.items()]
+    return rows
 
 
-def _median(metric: str, values: np.ndarray | list[float], unit: str, way: Way) -> Result:
-    return median_result(metric, list(values), unit, way.labels)
-
-
-class _Touched(torch.nn.Module):
+class TouchAll(torch.nn.Module):
     """A loss that touches every weight of `model` and computes next to nothing: its backward pass is DDP's own work."""
 
     def __init__(self, model: torch.nn.Module):
@@ -180,12 +159,12 @@ class _Touched(torch.nn.Module):
         return torch.stack([weight.sum() for weight in self.model.parameters()]).sum()
 
 
-def _exchange_seconds(model: torch.nn.Module, rank: Rank, group: dist.ProcessGroup, ranks: int) -> float:
+def exchange_seconds(model: torch.nn.Module, rank: Rank, group: dist.ProcessGroup, ranks: int) -> float:
     """Seconds in which `ranks` otherwise idle ranks exchange one gradient: the median of EXCHANGES.
 
     All that DDP does for it counts: into buckets, the all-reduce, out again.
     """
-    touched, seconds = _Touched(model), []
+    touched, seconds = TouchAll(model), []
     if rank.rank < ranks:
         shared = DistributedDataParallel(touched, process_group=group)
     for _ in range(WARMUP_STEPS + EXCHANGES):
@@ -207,18 +186,19 @@ def _backward_seconds(module: torch.nn.Module) -> float:
     return time.perf_counter() - started
 
 
-def _overlap(arm: Arm, config: ScalingConfig) -> list[Result]:
+def _overlap(arm: VariantArm, m: Measurement) -> list[Result]:
     """The share of all-reduce time during which the backward pass was computing, from a profiler trace."""
-    images = np.arange(config.run.train.global_batch_size)
+    images = np.arange(m.first.train.global_batch_size)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        for _ in range(config.steps):
-            arm.step(images)
-    if not arm.rank.is_main:
+        for _ in range(m.config.steps):
+            arm.prepare(images)
+            arm.work(images)
+    if not m.rank.is_main:
         return []
     events = [(event.name, event.time_range.start, event.time_range.end) for event in profiled.events()]
     reducing = [span for name, *span in events if name.endswith(":all_reduce")]
     backward = [span for name, *span in events if name.startswith("autograd::engine::evaluate_function")]
-    return [Result("overlap_share", 100 * shared_share(reducing, backward), "%", labels=arm.way.labels)]
+    return [Result("overlap_share", 100 * shared_share(reducing, backward), **arm.labels)]
 
 
 def shared_share(spans: list[list[float]], others: list[list[float]]) -> float:
@@ -231,30 +211,3 @@ def shared_share(spans: list[list[float]], others: list[list[float]]) -> float:
     for start, end in others:
         both |= (start < middle) & (middle < end)
     return float(length[inside & both].sum() / length[inside].sum())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what world size changes; start with torchrun.")
-    parser.add_argument("--config", type=Path, required=True)
-    arguments = parser.parse_args()
-    try:
-        config = load_section(ScalingConfig, arguments.config)
-        check_devices(config.launch)
-        run = Run(config, module="vqa.experiments.scaling_speed")
-        with process_group(config.launch) as rank, run.writing() if rank.is_main else nullcontext():
-            (run.folder / "metrics.jsonl").unlink(missing_ok=True)
-            source = load_data(config.run, rank)
-            if config.kind == "parity":
-                rows = parity(config, source, rank, run)
-            else:
-                rows = {"speed": speed, "loops": loops}[config.kind](config, source, rank)
-            if rank.is_main:
-                run.finish(rows)
-            for row in rows:
-                print(f"{row.metric:32} {row.value:.4g} {row.unit}  {' '.join(row.labels.values())}", flush=True)
-    except (ConfigError, RunError, sources.SourceError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from vqa.models.vqa_model import TwoTowers, parameter_count
+from vqa.models.parts import parameter_count
+from vqa.models.vqa_model import TwoTowers
 
 ACCUMULATED_PARTS = 4  # micro-batches that all ranks together accumulate in one step
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together: DDP's own default

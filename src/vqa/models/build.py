@@ -1,28 +1,25 @@
-"""How an image and a question become an answer: three fusions with one interface.
-
-A fusion takes the two towers' Features, encoded once, and the index maps that say which image and
-which question make up each of the N pairs; it gives one vector per pair, (N, width).
-"""
+"""From a config, or from a saved folder, to the model."""
 
 import json
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from vqa.config import ModelConfig
+from vqa.data.processor import Processor
 from vqa.models.unified_decoder import UnifiedDecoderModel
 from vqa.models.vqa_model import VQAModel
 
+AnyVQAModel = VQAModel | UnifiedDecoderModel
 
-def vqa_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, answers: list[str], image_size: int) -> VQAModel:
+
+def vqa_model(config: ModelConfig, processor: Processor) -> AnyVQAModel:
     """The model that `config` describes, with fresh weights (or public ones in its towers)."""
-    return _kind(config.fusion.kind)(config, tokenizer, answers, image_size)
+    return _kind(config.fusion.kind)(config, processor)
 
 
-def load_vqa_model(folder: Path) -> VQAModel:
+def load_vqa_model(folder: Path) -> AnyVQAModel:
     """The model saved in `folder`, in eval mode."""
     return _kind(json.loads((folder / "config.json").read_text())["model"]["fusion"]["kind"]).from_pretrained(folder)
 
 
-def _kind(fusion: str) -> type[VQAModel]:
+def _kind(fusion: str) -> type[AnyVQAModel]:
     return UnifiedDecoderModel if fusion == "unified_decoder" else VQAModel

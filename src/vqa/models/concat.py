@@ -1,13 +1,8 @@
-"""How an image and a question become an answer: three fusions with one interface.
+"""Fusion by concatenation: a perceptron on the two towers' summaries side by side."""
 
-A fusion takes the two towers' Features, encoded once, and the index maps that say which image and
-which question make up each of the N pairs; it gives one vector per pair, (N, width).
-"""
+from torch import Tensor, nn
 
-import torch
-from torch import nn
-
-from vqa.config import FusionConfig
+from vqa.config import ConcatConfig
 from vqa.models.layers import Features
 
 
@@ -18,7 +13,7 @@ class ConcatFusion(nn.Module):
     each part is multiplied once per image and once per question, not once per pair.
     """
 
-    def __init__(self, config: FusionConfig, image_width: int, text_width: int):
+    def __init__(self, config: ConcatConfig, image_width: int, text_width: int):
         super().__init__()
         self.image_norm, self.text_norm = nn.LayerNorm(image_width), nn.LayerNorm(text_width)
         self.image_half = nn.Linear(image_width, config.width)
@@ -27,13 +22,9 @@ class ConcatFusion(nn.Module):
         self.width = config.width
 
     def forward(
-        self,
-        image: Features,
-        text: Features,
-        attention_mask: torch.Tensor,
-        image_index: torch.Tensor,
-        question_index: torch.Tensor,
-    ) -> torch.Tensor:
+        self, image: Features, text: Features, attention_mask: Tensor, image_index: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """One vector per pair, (N, D)."""
         images = self.image_half(self.image_norm(image.pooled))  # (I, D)
         questions = self.text_half(self.text_norm(text.pooled))  # (U, D)
         return self.rest(images[image_index] + questions[question_index])  # (N, D)

@@ -1,17 +1,13 @@
-"""How an image and a question become an answer: three fusions with one interface.
-
-A fusion takes the two towers' Features, encoded once, and the index maps that say which image and
-which question make up each of the N pairs; it gives one vector per pair, (N, width).
-"""
+"""Fusion by cross-attention: a question's tokens look at the image's tokens."""
 
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from vqa.config import FusionConfig
+from vqa.config import CrossAttentionConfig
 from vqa.data.batches import Batch
 from vqa.models.layers import Features, feed_forward, join_heads, split_heads
 
@@ -27,7 +23,7 @@ class CrossAttentionFusion(nn.Module):
     place of T.
     """
 
-    def __init__(self, config: FusionConfig, image_width: int, text_width: int):
+    def __init__(self, config: CrossAttentionConfig, image_width: int, text_width: int):
         super().__init__()
         self.image_in = nn.Sequential(nn.LayerNorm(image_width), nn.Linear(image_width, config.width))
         self.text_in = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, config.width))
@@ -36,38 +32,29 @@ class CrossAttentionFusion(nn.Module):
         self.rest = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, self.width), nn.GELU())
 
     def forward(
-        self,
-        image: Features,
-        text: Features,
-        attention_mask: torch.Tensor,
-        image_index: torch.Tensor,
-        question_index: torch.Tensor,
-    ) -> torch.Tensor:
+        self, image: Features, text: Features, attention_mask: Tensor, image_index: Tensor, question_index: Tensor
+    ) -> Tensor:
+        """One vector per pair, (N, 2 D)."""
         asking, mask = self._asking(text, attention_mask)
         asked, memory, rows = self._up_to_last_look(image, asking, mask, image_index, question_index)
         return self.rest(self.layers[-1].summary(asked, memory, rows, mask[question_index]))  # (N, 2 D)
 
     @torch.no_grad()
-    def look(self, image: Features, text: Features, batch: Batch) -> torch.Tensor:
+    def look(self, image: Features, text: Features, batch: Batch) -> Tensor:
         """Where the last layer looks: (N, heads, T, P), each token's weights over the image summing to one."""
         asking, mask = self._asking(text, batch.attention_mask)
         asked, memory, rows = self._up_to_last_look(image, asking, mask, batch.image_index, batch.question_index)
         return self.layers[-1].attention(asked.query, memory, rows)
 
-    def _asking(self, text: Features, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _asking(self, text: Features, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """What of the questions meets the images, (U, T, D), and which of it is not padding, (U, T) bool."""
         if self.queries == "summary":
             return text.pooled[:, None], attention_mask[:, :1].bool()  # the first token is never padding
         return text.tokens, attention_mask.bool()
 
     def _up_to_last_look(
-        self,
-        image: Features,
-        asking: torch.Tensor,
-        mask: torch.Tensor,
-        image_index: torch.Tensor,
-        question_index: torch.Tensor,
-    ) -> tuple["Asked", torch.Tensor, "Rows"]:
+        self, image: Features, asking: Tensor, mask: Tensor, image_index: Tensor, question_index: Tensor
+    ) -> tuple["Asked", Tensor, "Rows"]:
         """What the last layer's look at the image is given: what is asked of it, its memory (I, P, D), rows."""
         memory = self.image_in(image.tokens)
         rows = pair_rows(image_index, len(memory))
@@ -81,35 +68,35 @@ class CrossAttentionFusion(nn.Module):
 class Asked(NamedTuple):
     """A question on its way to an image, (…, T, D) each."""
 
-    tokens: torch.Tensor
-    query: torch.Tensor  # where to look
-    gate: torch.Tensor  # which of what is seen there matters
+    tokens: Tensor
+    query: Tensor  # where to look
+    gate: Tensor  # which of what is seen there matters
 
 
 class PairRows(NamedTuple):
     """Where each pair stands when the pairs of one image make up one row, padded to the longest: Q pairs."""
 
-    image: torch.Tensor  # (N,)
-    place: torch.Tensor  # (N,) 0 … Q - 1
+    image: Tensor  # (N,)
+    place: Tensor  # (N,) 0 … Q - 1
     shape: tuple[int, int]  # (I, Q)
 
     @classmethod
-    def of(cls, image_index: torch.Tensor, images: int) -> "PairRows":
+    def of(cls, image_index: Tensor, images: int) -> "PairRows":
         counts = torch.bincount(image_index, minlength=images)
         order = image_index.argsort(stable=True)
         within = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image_index[order]]
         place = torch.empty_like(within).scatter_(0, order, within)
         return cls(image_index, place, (images, int(counts.max())))
 
-    def gather(self, pairs: torch.Tensor) -> torch.Tensor:
+    def gather(self, pairs: Tensor) -> Tensor:
         """(N, …) -> (I, Q, …), zeros where an image has fewer than Q pairs."""
         return pairs.new_zeros(*self.shape, *pairs.shape[1:]).index_put((self.image, self.place), pairs)
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+    def scatter(self, rows: Tensor) -> Tensor:
         """(I, Q, …) -> (N, …)."""
         return rows[self.image, self.place]
 
-    def keep(self, of_images: torch.Tensor) -> torch.Tensor:
+    def keep(self, of_images: Tensor) -> Tensor:
         """What belongs to each row's image, (I, …): the rows are the images."""
         return of_images
 
@@ -117,22 +104,22 @@ class PairRows(NamedTuple):
 class LonePairs(NamedTuple):
     """As PairRows, with each pair in a row of its own, so that no shape depends on the data: for an ONNX graph."""
 
-    image: torch.Tensor  # (N,)
+    image: Tensor  # (N,)
 
-    def gather(self, pairs: torch.Tensor) -> torch.Tensor:
+    def gather(self, pairs: Tensor) -> Tensor:
         return pairs[:, None]
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+    def scatter(self, rows: Tensor) -> Tensor:
         return rows[:, 0]
 
-    def keep(self, of_images: torch.Tensor) -> torch.Tensor:
+    def keep(self, of_images: Tensor) -> Tensor:
         return of_images[self.image]
 
 
 Rows = PairRows | LonePairs
 
 
-def pair_rows(image_index: torch.Tensor, images: int) -> Rows:
+def pair_rows(image_index: Tensor, images: int) -> Rows:
     return LonePairs(image_index) if torch.onnx.is_in_onnx_export() else PairRows.of(image_index, images)
 
 
@@ -153,7 +140,7 @@ class CrossAttentionLayer(nn.Module):
         self.gate, self.cross_out = nn.Linear(width, width), nn.Linear(width, width)
         self.feed_forward = feed_forward(width)
 
-    def ask(self, tokens: torch.Tensor, mask: torch.Tensor) -> Asked:
+    def ask(self, tokens: Tensor, mask: Tensor) -> Asked:
         """`tokens` (B, T, D) after each has attended to the others of its question, and what they ask of an image."""
         query, key, value = (split_heads(x, self.heads) for x in self.self_qkv(self.self_norm(tokens)).chunk(3, -1))
         within = attend(query, key, value, attn_mask=mask[:, None, None, :])  # (B, heads, T, D / heads)
@@ -161,12 +148,12 @@ class CrossAttentionLayer(nn.Module):
         normed = self.cross_norm(tokens)
         return Asked(tokens, self.cross_q(normed), self.gate(normed))
 
-    def forward(self, asked: Asked, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def forward(self, asked: Asked, memory: Tensor, rows: Rows) -> Tensor:
         """The tokens (N, T, D) after a look at their images' `memory` (I, P, D), and the feed-forward."""
         tokens = self._seeing(asked, memory, rows)
         return tokens + self.feed_forward(tokens)
 
-    def summary(self, asked: Asked, memory: torch.Tensor, rows: Rows, mask: torch.Tensor) -> torch.Tensor:
+    def summary(self, asked: Asked, memory: Tensor, rows: Rows, mask: Tensor) -> Tensor:
         """The mean (N, D) of `forward` over the tokens in `mask` (N, T).
 
         The feed-forward's last step is linear, so it is taken of the mean: once a pair, not once a token.
@@ -176,13 +163,13 @@ class CrossAttentionLayer(nn.Module):
         hidden = self.feed_forward[:-1](tokens)
         return (weights @ tokens + self.feed_forward[-1](weights @ hidden)).squeeze(1)
 
-    def attention(self, query: torch.Tensor, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def attention(self, query: Tensor, memory: Tensor, rows: Rows) -> Tensor:
         """Where each token of a question looks, (N, heads, T, P), rows summing to one: for looking at, not training."""
         query = split_heads(query, self.heads)
         key = split_heads(self.cross_kv(memory).chunk(2, -1)[0], self.heads)[rows.image]
         return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
 
-    def _seeing(self, asked: Asked, memory: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _seeing(self, asked: Asked, memory: Tensor, rows: Rows) -> Tensor:
         query = rows.gather(asked.query).flatten(1, 2)  # (I, Q T, D)
         key, value = rows.keep(self.cross_kv(memory)).chunk(2, -1)  # (I, P, D), once per image
         seen = attend(*(split_heads(x, self.heads) for x in (query, key, value)))  # (I, heads, Q T, D / heads)

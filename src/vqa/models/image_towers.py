@@ -1,20 +1,17 @@
-"""The four towers: ViT and ResNet18 read an image, BERT and DistilBERT read a question.
+"""The towers that look at an image: ViT and ResNet18, the library's own classes.
 
-All are the library's own classes, built from a config (random weights) or from public weights: a
-local folder, a hub id at a pinned revision, or torchvision's ResNet18. Image towers take uint8
-pixels and normalise them as their weights expect, so a tower cannot get another one's statistics.
+They take uint8 pixels and normalise them as their weights expect, so a tower cannot get another one's statistics.
 """
 
-import os
 from itertools import chain, pairwise
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from vqa.config import ImageEncoderConfig
+from vqa.config import ConfigError, ResNet18Config, ViTConfig
 from vqa.models.layers import Features
-from vqa.models.pretrained import _build, _checkpoint_layers
+from vqa.models.pretrained import build, checkpoint_layers, image_statistics, public_folder, transformer_sizes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's ResNets
 HALF = (0.5, 0.5, 0.5)  # ViT (Dosovitskiy et al. 2021): pixels to [-1, 1]
@@ -28,7 +25,7 @@ class Normalize(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         return (pixel_values.float() - self.mean) / self.std
 
 
@@ -39,20 +36,17 @@ class ViTEncoder(nn.Module):
     the patch's row and column (https://arxiv.org/abs/2205.01580).
     """
 
-    def __init__(self, config: ImageEncoderConfig, image_size: int, dropout: float):
+    def __init__(self, config: ViTConfig, image_size: int, dropout: float, library: dict | None = None):
+        """Raises ConfigError for public weights that do not fit `config`."""
         super().__init__()
-        self.normalize = Normalize(HALF, HALF)
-        shape = transformers.ViTConfig(
-            image_size=image_size,
-            patch_size=config.patch_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-        self.vit = _build(transformers.ViTModel, shape, config, add_pooling_layer=False)
+        if config.pretrained and config.stem != "patch":
+            raise ConfigError(
+                f"stem {config.stem} would throw away the patch projection of {config.pretrained}: use stem patch"
+            )
+        asked = transformer_sizes(config, dropout) | {"image_size": image_size, "patch_size": config.patch_size}
+        public = public_folder(config)
+        self.normalize = Normalize(*image_statistics(public, (HALF, HALF)))
+        self.vit = build(transformers.ViTModel, config, asked, public, library, add_pooling_layer=False)
         if config.pretrained is None:
             self.vit.embeddings.position_embeddings.data = sines_and_cosines(
                 image_size // config.patch_size, config.width
@@ -62,15 +56,15 @@ class ViTEncoder(nn.Module):
             self.vit.embeddings.patch_embeddings.projection = stem
         self.width = config.width
 
-    def forward(self, pixel_values: torch.Tensor) -> Features:
+    def forward(self, pixel_values: Tensor) -> Features:
         tokens = self.vit(self.normalize(pixel_values)).last_hidden_state  # (I, P, D)
         return Features(tokens, tokens[:, 1:].mean(1))
 
     def checkpoint_gradients(self) -> None:
-        _checkpoint_layers(self.vit)
+        checkpoint_layers(self.vit)
 
 
-def sines_and_cosines(side: int, width: int) -> torch.Tensor:
+def sines_and_cosines(side: int, width: int) -> Tensor:
     """(1, 1 + side², width): zeros for [CLS], then for each patch, row by row, waves of its column and its row.
 
     https://arxiv.org/abs/2205.01580, section 2; a quarter of the width for each of sine and cosine of either.
@@ -102,33 +96,26 @@ class ConvStem(nn.Sequential):
         super().__init__(*chain(*blocks), nn.Conv2d(width, width, 1))
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         return self[-1].weight  # ViTModel asks its projection for the dtype of this
 
 
 class ResNet18Encoder(nn.Module):
     """ResNet18, https://arxiv.org/abs/1512.03385; tokens: the last feature map; summary: its mean."""
 
-    def __init__(self, config: ImageEncoderConfig):
+    def __init__(self, config: ResNet18Config, image_size: int, dropout: float, library: dict | None = None):
+        """It takes any `image_size` and has no dropout. Raises ConfigError for public weights that do not fit."""
         super().__init__()
-        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
         widths = [config.width // 8, config.width // 4, config.width // 2, config.width]
-        shape = transformers.ResNetConfig(
-            embedding_size=widths[0], hidden_sizes=widths, depths=[2, 2, 2, 2], layer_type="basic"
-        )
-        self.resnet = _build(transformers.ResNetModel, shape, config)
+        asked = {"embedding_size": widths[0], "hidden_sizes": widths, "depths": [2, 2, 2, 2], "layer_type": "basic"}
+        public = public_folder(config)
+        self.normalize = Normalize(*image_statistics(public, (IMAGENET_MEAN, IMAGENET_STD)))
+        self.resnet = build(transformers.ResNetModel, config, asked, public, library)
         self.width = config.width
 
-    def forward(self, pixel_values: torch.Tensor) -> Features:
+    def forward(self, pixel_values: Tensor) -> Features:
         grid = self.resnet(self.normalize(pixel_values)).last_hidden_state  # (I, D, h, w)
         return Features(grid.flatten(2).transpose(1, 2), grid.mean((2, 3)))
 
     def checkpoint_gradients(self) -> None:
         """Nothing: recomputing a stage would count its batch statistics twice."""
-
-
-def image_encoder(config: ImageEncoderConfig, image_size: int, dropout: float) -> nn.Module:
-    return ResNet18Encoder(config) if config.kind == "resnet18" else ViTEncoder(config, image_size, dropout)
-
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,46 +1,49 @@
-"""The four towers: ViT and ResNet18 read an image, BERT and DistilBERT read a question.
+"""Towers of the library's classes: random weights, or public ones.
 
-All are the library's own classes, built from a config (random weights) or from public weights: a
-local folder, a hub id at a pinned revision, or torchvision's ResNet18. Image towers take uint8
-pixels and normalise them as their weights expect, so a tower cannot get another one's statistics.
+Public weights are a local folder, a hub id at a pinned revision, or torchvision's ResNet18. What their own config.json
+and preprocessor_config.json say holds, such as the activation; what a profile asks for must agree with it.
 """
 
+import json
 import pickle
+import re
 import socket
 from pathlib import Path
 
 import torch
 import torchvision
 import transformers
-from torch import nn
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 from vqa.config import ConfigError
+from vqa.config.runs import Tower, TransformerTower
+
+transformers.logging.set_verbosity_error()  # heads that a tower has no use for are no news
 
 WAIT_SECONDS = 5  # for a server to answer
+TORCHVISION_WIDTH = 512
+LFS_POINTER = b"version https://git-lfs"
+KEYS = {  # what the library calls it, and a profile
+    "hidden_size": "width", "dim": "width", "hidden_sizes": "width", "num_hidden_layers": "layers",
+    "n_layers": "layers", "num_attention_heads": "heads", "n_heads": "heads", "patch_size": "patch_size",
+    "image_size": "image_size", "depths": "depths", "layer_type": "layer_type",
+}  # fmt: skip
 
 
-def from_torchvision(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's ResNet18 weights under the names that transformers' ResNetModel gives them."""
-    renamed = {}
-    for name, value in state.items():
-        head, _, rest = name.partition(".")
-        if head == "fc":
-            continue
-        if head == "conv1":
-            place, part = "embedder.embedder.convolution", rest
-        elif head == "bn1":
-            place, part = "embedder.embedder.normalization", rest
-        else:
-            block, layer, part = rest.split(".", 2)
-            prefix = f"encoder.stages.{int(head[-1]) - 1}.layers.{block}"
-            if layer == "downsample":
-                index, part = part.split(".", 1)
-                place = f"{prefix}.shortcut.{('convolution', 'normalization')[int(index)]}"
-            else:
-                kind = "convolution" if layer.startswith("conv") else "normalization"
-                place = f"{prefix}.layer.{int(layer[-1]) - 1}.{kind}"
-        renamed[f"{place}.{part}"] = value
-    return renamed
+    library = {"conv": "convolution", "bn": "normalization", "0": "convolution", "1": "normalization"}
+
+    def renamed(name: str) -> str:
+        if match := re.fullmatch(r"(conv|bn)1\.(\w+)", name):
+            return f"embedder.embedder.{library[match[1]]}.{match[2]}"
+        stage, block, kind, number, part = re.fullmatch(r"layer(\d)\.(\d)\.([a-z]+)\.?(\d)\.(\w+)", name).groups()
+        place = f"shortcut.{library[number]}" if kind == "downsample" else f"layer.{int(number) - 1}.{library[kind]}"
+        return f"encoder.stages.{int(stage) - 1}.layers.{block}.{place}.{part}"
+
+    return {renamed(name): value for name, value in state.items() if not name.startswith("fc.")}
 
 
 def pretrained_folder(name: str, revision: str | None) -> str:
@@ -55,7 +58,7 @@ def pretrained_folder(name: str, revision: str | None) -> str:
         return name
     if revision is None:
         raise ConfigError(f"pretrained {name!r} is no local folder, and a hub id needs a revision (a commit hash)")
-    files, reached = ["*.json", "*.txt", "model.safetensors"], _hub_answers()
+    files, reached = ["*.json", "*.txt", "model*.safetensors"], _hub_answers()
     try:
         return snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=not reached)
     except OSError:
@@ -78,7 +81,17 @@ def _hub_answers() -> bool:
     return True
 
 
-def pretrained_tokenizer(name: str, revision: str | None) -> transformers.PreTrainedTokenizerBase:
+def public_folder(config: Tower) -> Path | None:
+    """Where the public weights of `config` lie; None if it asks for none, or for torchvision's.
+
+    Raises ConfigError as `pretrained_folder`.
+    """
+    if config.pretrained is None or _is_torchvisions(config):
+        return None
+    return Path(pretrained_folder(config.pretrained, config.revision))
+
+
+def pretrained_tokenizer(name: str, revision: str | None) -> Tokenizer:
     """The tokenizer beside public weights. Raises ConfigError if it is not there, or would need code of its own."""
     folder = pretrained_folder(name, revision)
     if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
@@ -86,12 +99,23 @@ def pretrained_tokenizer(name: str, revision: str | None) -> transformers.PreTra
             f"cannot load the tokenizer of {name}: there is none, and the library would make an empty one"
         )
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from None
 
 
-def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
+def image_statistics(folder: Path | None, default: tuple) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of pixels from 0 to 1, as the preprocessor_config.json in `folder` has them."""
+    file = folder / "preprocessor_config.json" if folder else None
+    if file is None or not file.is_file():
+        return default
+    settings = json.loads(file.read_text())
+    if not settings.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return settings.get("image_mean", default[0]), settings.get("image_std", default[1])
+
+
+def _torchvision_state(name: str) -> dict[str, Tensor]:
     """torchvision's ResNet18 weights `name`, fetched if need be. Raises ConfigError if they cannot be.
 
     They are pickled: the hash of what is fetched is checked, and nothing but tensors is unpickled.
@@ -107,33 +131,86 @@ def _torchvision_state(name: str) -> dict[str, torch.Tensor]:
         socket.setdefaulttimeout(patience)
 
 
-def _checkpoint_layers(model: transformers.PreTrainedModel) -> None:
+def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
     """Turn on gradient checkpointing, which transformers renamed in 5.2x."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
 
-def _build(kind: type, shape: transformers.PretrainedConfig, config, **arguments) -> nn.Module:
-    """A library model with random weights of `shape`, or with the public weights that `config` names.
+def transformer_sizes(config: TransformerTower, dropout: float) -> dict:
+    """What a profile asks for under the names of ViTConfig and BertConfig."""
+    return {
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": 4 * config.width,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
 
-    Raises ConfigError if those weights do not fit the shape.
+
+def build(kind: type, config: Tower, asked: dict, public: Path | None, library: dict | None, **arguments) -> nn.Module:
+    """A model of the library's class `kind`, with public weights if `config` names any, else with random ones.
+
+    `asked` is what the profile asks for, under the library's names. `library` is the library's config of a tower that
+    was saved: it takes the place of `asked`, as a public tower's activation is not in `config`. Raises ConfigError if
+    public weights are not what the profile asks for.
     """
     if config.pretrained is None:
+        shape = kind.config_class(**asked) if library is None else kind.config_class.from_dict(library)
         return kind(shape, **arguments)
-    if config.kind == "resnet18" and hasattr(torchvision.models.ResNet18_Weights, config.pretrained):
-        model = kind(shape, **arguments)
-        state = from_torchvision(_torchvision_state(config.pretrained))
-        if any(state[name].shape != value.shape for name, value in model.state_dict().items()):
-            raise ConfigError(f"{config.pretrained} is of width 512 and does not fit width {config.width}")
-        model.load_state_dict(state)
-        return model
-    folder = pretrained_folder(config.pretrained, config.revision)
+    if public is None:
+        return _torchvision_resnet18(kind(kind.config_class(**asked), **arguments), config)
     try:
+        shape = _public_shape(kind, config, asked, public)
         model, report = kind.from_pretrained(
-            folder, config=shape, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **arguments
+            public, config=shape, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **arguments
         )
-    except (RuntimeError, OSError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"cannot load {config.pretrained}: {str(error).splitlines()[0]}") from None
     if report["missing_keys"]:
         raise ConfigError(f"{config.pretrained} lacks {len(report['missing_keys'])} weights of a {config.kind}")
+    return model
+
+
+def _public_shape(kind: type, config: Tower, asked: dict, folder: Path) -> transformers.PretrainedConfig:
+    """The config in `folder`, with the dropout that the profile asks for. Raises ConfigError if they disagree."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ConfigError(f"{path} is a Git LFS pointer and holds no weights: run git lfs pull in its folder")
+    found = kind.config_class.get_config_dict(folder)[0].get("model_type")
+    if found != kind.config_class.model_type:
+        raise ConfigError(f"{config.pretrained} is a {found} and the profile asks for a {config.kind}")
+    shape = kind.config_class.from_pretrained(folder)
+    for name in [name for name in asked if name in KEYS]:
+        key, ours, theirs = KEYS[name], asked[name], getattr(shape, name)
+        if key == "width" and isinstance(theirs, list):  # a ResNet's last stage
+            ours, theirs = ours[-1], theirs[-1]
+        if ours != theirs:
+            raise ConfigError(
+                f"{config.pretrained} has {key} {theirs} and the profile asks for {ours}: set it to {theirs}"
+            )
+    if "vocab_size" in asked and asked["vocab_size"] > shape.vocab_size:
+        raise ConfigError(
+            f"{config.pretrained} knows {shape.vocab_size} tokens and its tokenizer {asked['vocab_size']}"
+        )
+    shape.update({name: value for name, value in asked.items() if "dropout" in name})
+    return shape
+
+
+def _is_torchvisions(config: Tower) -> bool:
+    return config.kind == "resnet18" and hasattr(torchvision.models.ResNet18_Weights, config.pretrained)
+
+
+def _torchvision_resnet18(model: nn.Module, config: Tower) -> nn.Module:
+    """`model` with torchvision's weights."""
+    if config.width != TORCHVISION_WIDTH:
+        raise ConfigError(
+            f"{config.pretrained} has width {TORCHVISION_WIDTH} and the profile asks for {config.width}: "
+            f"set it to {TORCHVISION_WIDTH}"
+        )
+    model.load_state_dict(from_torchvision(_torchvision_state(config.pretrained)))
     return model

@@ -1,17 +1,11 @@
-"""The four towers: ViT and ResNet18 read an image, BERT and DistilBERT read a question.
+"""The towers that read a question: BERT and DistilBERT, the library's own classes."""
 
-All are the library's own classes, built from a config (random weights) or from public weights: a
-local folder, a hub id at a pinned revision, or torchvision's ResNet18. Image towers take uint8
-pixels and normalise them as their weights expect, so a tower cannot get another one's statistics.
-"""
-
-import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from vqa.config import TextEncoderConfig
+from vqa.config import TextTowerConfig
 from vqa.models.layers import Features
-from vqa.models.pretrained import _build, _checkpoint_layers
+from vqa.models.pretrained import build, checkpoint_layers, public_folder, transformer_sizes
 
 BERT_TO_DISTILBERT = {  # the library's names for the parts of one layer
     "attention.self.query": "attention.q_lin",
@@ -25,50 +19,48 @@ BERT_TO_DISTILBERT = {  # the library's names for the parts of one layer
 }
 
 
-class BertEncoder(nn.Module):
-    """BERT, https://arxiv.org/abs/1810.04805; summary: the mean of the question's tokens."""
+class TextTower(nn.Module):
+    """One of the library's models of text; summary: the mean of the question's tokens."""
 
-    def __init__(self, config: TextEncoderConfig, vocabulary: int, dropout: float):
+    def __init__(self, text: nn.Module, width: int):
         super().__init__()
-        shape = transformers.BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.width,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-        self.text = _build(transformers.BertModel, shape, config, add_pooling_layer=False)
-        self.width = config.width
+        self.text, self.width = text, width
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Features:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Features:
         tokens = self.text(input_ids, attention_mask=attention_mask).last_hidden_state  # (U, T, D)
         weights = attention_mask / attention_mask.sum(1, keepdim=True)  # (U, T), padding weighs nothing
         return Features(tokens, (weights.to(tokens.dtype)[:, None, :] @ tokens).squeeze(1))
 
     def checkpoint_gradients(self) -> None:
-        _checkpoint_layers(self.text)
+        checkpoint_layers(self.text)
 
 
-class DistilBertEncoder(BertEncoder):
-    """DistilBERT, https://arxiv.org/abs/1910.01108; summary: as BertEncoder."""
+class BertEncoder(TextTower):
+    """BERT, https://arxiv.org/abs/1810.04805."""
 
-    def __init__(self, config: TextEncoderConfig, vocabulary: int, dropout: float):
-        nn.Module.__init__(self)
-        shape = transformers.DistilBertConfig(
-            vocab_size=vocabulary,
-            dim=config.width,
-            n_layers=config.layers,
-            n_heads=config.heads,
-            hidden_dim=4 * config.width,
-            dropout=dropout,
-            attention_dropout=dropout,
-        )
-        self.text = _build(transformers.DistilBertModel, shape, config)
-        self.width = config.width
+    def __init__(self, config: TextTowerConfig, vocabulary: int, dropout: float, library: dict | None = None):
+        asked, public = transformer_sizes(config, dropout) | {"vocab_size": vocabulary}, public_folder(config)
+        text = build(transformers.BertModel, config, asked, public, library, add_pooling_layer=False)
+        super().__init__(text, config.width)
 
-    def inherit(self, teacher: BertEncoder) -> None:
+
+class DistilBertEncoder(TextTower):
+    """DistilBERT, https://arxiv.org/abs/1910.01108."""
+
+    def __init__(self, config: TextTowerConfig, vocabulary: int, dropout: float, library: dict | None = None):
+        asked = {
+            "vocab_size": vocabulary,
+            "dim": config.width,
+            "n_layers": config.layers,
+            "n_heads": config.heads,
+            "hidden_dim": 4 * config.width,
+            "dropout": dropout,
+            "attention_dropout": dropout,
+        }
+        text = build(transformers.DistilBertModel, config, asked, public_folder(config), library)
+        super().__init__(text, config.width)
+
+    def init_from_teacher(self, teacher: BertEncoder) -> None:
         """Start from `teacher`: its embeddings and layers 0, s, 2s, …, where s is how often our depth goes into its.
 
         A teacher twice as deep gives every other layer (https://arxiv.org/abs/1910.01108, section 3). Widths, heads
@@ -79,12 +71,7 @@ class DistilBertEncoder(BertEncoder):
         self.text.load_state_dict(from_bert(teacher.text.state_dict(), layers))
 
 
-def text_encoder(config: TextEncoderConfig, vocabulary: int, dropout: float) -> nn.Module:
-    kinds = {"bert": BertEncoder, "distilbert": DistilBertEncoder}
-    return kinds[config.kind](config, vocabulary, dropout)
-
-
-def from_bert(state: dict[str, torch.Tensor], layers: list[int]) -> dict[str, torch.Tensor]:
+def from_bert(state: dict[str, Tensor], layers: list[int]) -> dict[str, Tensor]:
     """The embeddings and `layers` of a BertModel's weights, under the names of transformers' DistilBertModel.
 
     DistilBERT has no token types: that of a first sentence, which BERT adds at every position, goes into the positions.

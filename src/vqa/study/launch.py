@@ -8,6 +8,7 @@ says in one sentence if this machine cannot run a profile, before any kernel or 
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from vqa import AGENT, die_with_parent
-from vqa.config import ROOT, ConfigError, Section, load_profile, save_yaml
+from vqa.config import ROOT, ConfigError, LaunchConfig, MeasurementConfig, RunConfig, load_profile, save_yaml
 from vqa.distributed import check_devices
 from vqa.run_folder import Run, code_digest
 
+COMMANDS = {RunConfig: "vqa.training.train", MeasurementConfig: "vqa.experiments"}  # what computes a config
 GRACE_SECONDS = 10
+WARNING = re.compile(r"(\[rank\d+\]:)?\s*\[?W\d{4} ")  # of PyTorch or torchrun, a line by itself
+FAILURE = re.compile(r"\[rank\d+\]:|\[?E\d{4} |Traceback|error: ")  # from here on torchrun speaks of a failure
+KILLED = re.compile(r"\(exitcode: -(\d+)\) local_rank: (\d+)")
+CAUSES = {
+    signal.SIGKILL: "the machine ran out of memory, or somebody killed it",
+    signal.SIGBUS: "the disk or /dev/shm is full",
+    signal.SIGSEGV: "a library or a driver has a defect",
+    signal.SIGABRT: "a library gave up; its last words are in the log",
+    signal.SIGTERM: "somebody asked it to stop",
+}
 
 
 class LaunchError(RuntimeError):
@@ -68,14 +80,14 @@ class Job:
     """One torchrun with its ranks, in a process group of its own, its output passed on line by line."""
 
     def __init__(self, run: Run, tag: bool):
-        self.run, self.last_error = run, ""
+        self.run, self.last_error, self.killed = run, "", ""
         self.prefix = f"[{run.config.name}] " if tag else ""
         with run.locked():  # refuse before anything starts what the job itself would refuse
             command = _command(run)
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(run.config),
+            env=_environment(run.config.launch),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -88,14 +100,18 @@ class Job:
         self.reader.start()
 
     def _pass_on(self) -> None:
-        """Print the job's lines; what torchrun says of a failure goes only to launch.log."""
+        """Print the job's lines; warnings, and what torchrun says of a failure, go only to launch.log."""
         failing = False
         with (self.run.folder / "launch.log").open("w") as log:
             for line in self.process.stdout:
                 log.write(line)
                 if line.startswith("error: "):
                     self.last_error = line.removeprefix("error: ").strip()
-                failing = failing or bool(re.match(r"(\[rank\d+\]:|[EW]\d{4} |Traceback|error: )", line))
+                if not self.killed and (found := KILLED.search(line)):
+                    self.killed = f"rank {found[2]} was {_ended_by(int(found[1]))}"
+                if WARNING.match(line):
+                    continue
+                failing = failing or bool(FAILURE.match(line))
                 if not failing:
                     print(self.prefix + line, end="", flush=True)
 
@@ -108,9 +124,12 @@ class Job:
         return True
 
     def check(self) -> None:
-        if self.process.returncode:
+        """Raise LaunchError if the job failed: with its own sentence, else with what ended it."""
+        status = self.process.returncode
+        if status:
+            ended = f"torchrun was {_ended_by(-status)}" if status < 0 else f"exit status {status}"
             log = self.run.folder / "launch.log"
-            raise LaunchError(self.last_error or f"exit status {self.process.returncode}; the log is {log}")
+            raise LaunchError(self.last_error or f"{self.killed or ended}; the log is {log}")
 
     def ask_to_stop(self) -> None:
         """Tell torchrun, which tells its ranks: those that train save a checkpoint first."""
@@ -132,28 +151,35 @@ class Job:
             print(self.prefix + self.last_error, flush=True)
 
 
+def _ended_by(number: int) -> str:
+    """A signal by name and what it usually comes from."""
+    cause = CAUSES.get(number)
+    return f"ended by {signal.Signals(number).name}" + (f" (most likely {cause})" if cause else "")
+
+
 def _command(run: Run) -> list[str]:
     """torchrun and what it runs.
 
     Without --max-restarts: torchrun cannot tell a killed rank from a refusal, and would repeat a wrong key,
     a full disk or a stop that was asked for. Running the cell again goes on from the last checkpoint.
     """
-    config = run.folder / "config.yaml"
+    config, logs = run.folder / "config.yaml", run.folder / "torchrun"
     with run.replacing("config.yaml") as path:
         save_yaml(run.config, path)
-    module = run.module
+    shutil.rmtree(logs, ignore_errors=True)  # of an earlier start; each leaves a folder of its own
     return [
         *("sh", "-c", f'{AGENT}=$$ exec "$@"', "sh"),  # tells the ranks which process is torchrun
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(run.config.launch.world_size), "-m", module, "--config", str(config)),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),  # also gives the job an id of its own
+        *("--log-dir", str(logs)),  # else it leaves a torchelastic_* folder in the temporary one
+        *("--nproc-per-node", str(run.config.launch.world_size)),
+        *("-m", COMMANDS[type(run.config)], "--config", str(config)),
     ]
 
 
-def _environment(config: Section) -> dict[str, str]:
+def _environment(launch: LaunchConfig) -> dict[str, str]:
     """Threads are pinned for one rank as for many: torchrun by itself does so only for many."""
-    threads = str(config.launch.threads_per_rank)
     return os.environ | {
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(launch.threads_per_rank),
         "PYTHONUNBUFFERED": "1",
         "KINETO_LOG_LEVEL": "99",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -1,34 +1,31 @@
-"""What a notebook needs: its parameters checked, its runs made and recorded, its figures kept.
+"""What a notebook needs: its runs made and measured, its figures drawn, its report saved.
 
-study = Study.open("02_prototype")      # in the cell after the one tagged `parameters`
-study.run("teacher", seed=1)            # trained, or reused if it was trained before
-study.figure("learning_curves")         # drawn from the records, saved, shown
+study = Study("02_prototype", profile, overrides)  # in the cell after the one tagged `parameters`
+study.run("teacher", seed=1)                       # trained, or reused if it was trained before
+study.figure("learning_curves")                    # drawn from the records, shown
+study.save()                                       # the last cell: records, figures and results.csv are written
+
+Whatever takes seconds to import is imported by the method that needs it: a notebook that only draws opens fast.
 """
 
-import ast
-import shutil
-from dataclasses import dataclass
-from typing import Any
+import builtins
+from typing import Any, NamedTuple
 
 import pandas as pd
 from IPython import get_ipython
 from matplotlib.figure import Figure
-from pydantic import TypeAdapter, ValidationError
 
-from vqa.config import ConfigError, RunConfig, Section, digest, load_profile, near
-from vqa.data import source as sources
-from vqa.experiments.measurement import BenchmarkConfig
+from vqa.config import ConfigError, MeasurementConfig, RunConfig, digest, load_profile, near
+from vqa.experiments.jobs import forensics_configs, parity_configs
 from vqa.run_folder import RUNS, Run
-from vqa.study.figures import style as figures
-from vqa.study.launch import launch
-from vqa.study.records import Report, record
-from vqa.study.report import REPORTS, draw
+from vqa.study.records import Report
+from vqa.study.report import REPORTS, accuracy_table, draw
 
 INJECTED = "# Parameters"  # papermill puts this line on top of the cell it injects
+PARAMETERS = ("profile", "overrides")  # of every notebook
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """An expectation against what was found: bold in a notebook, plain in a log."""
 
     expectation: str
@@ -43,105 +40,111 @@ class Verdict:
         return f"**{head}**:{rest}"
 
 
+class Difference(NamedTuple):
+    """A difference of accuracy in points, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} points [{self.low:+.2f}, {self.high:+.2f}]"
+
+
 class Study:
     """One notebook's view of the study, under one profile."""
+
+    verdict = Verdict  # study.verdict(expectation, holds, found): one line that says whether it held
 
     def __init__(self, notebook: str, profile: str, overrides: dict[str, Any]):
         """`overrides` are dotted keys of the profile; their reports stay away from the committed ones.
 
-        Raises ConfigError for a profile or an override that cannot be used.
+        Raises ConfigError for a profile or an override that cannot be used, or a parameter that does not exist.
         """
+        _refuse_unknown_parameters()
+        if not isinstance(overrides, dict):
+            raise ConfigError(f"overrides is {overrides!r}, not a dictionary of dotted keys")
         self.profile = load_profile(profile, overrides)
         folder = REPORTS / profile if not overrides else RUNS / "reports" / f"{profile}-{digest(self.profile)}"
         self.report = Report(folder, self.profile, notebook)
-        self.records = folder / "records" / notebook
-        shutil.rmtree(self.records, ignore_errors=True)  # made again by this notebook, from its own runs
-        self.records.mkdir(parents=True)
-
-    @classmethod
-    def open(cls, notebook: str) -> "Study":
-        """The study that the notebook's parameters ask for. Raises ConfigError if they are wrong."""
-        parameters = checked_parameters(get_ipython().user_ns)
-        return cls(notebook, parameters["profile"], parameters["overrides"])
+        self.report.begin()
+        self.figures: dict[str, Figure] = {}
 
     @property
-    def source(self) -> sources.Source:
+    def source(self):
+        """The profile's data set, a vqa.data.source.Source."""
         return self.report.source
 
     def run(self, role: str, seed: int | None = None, **changes: Any) -> Run:
-        """The finished run of `role`; `changes` as in Profile.run."""
-        return self.runs([(role, seed, changes)])[0]
+        """The finished run of `role`; arguments as of Profile.run."""
+        return self.runs(self.profile.run(role, seed, **changes))[0]
 
-    def runs(self, wanted: list[tuple[str, int | None, dict]]) -> list[Run]:
-        """Several runs, (role, seed, changes) each, as many side by side as the profile says."""
-        made = [Run(self.profile.run(role, seed, **changes)) for role, seed, changes in wanted]
-        runs = launch(made, self.profile.at_once)
+    def runs(self, *configs: RunConfig) -> list[Run]:
+        """The finished runs of `configs`, trained as many side by side as the profile says."""
+        from vqa.study.launch import launch
+
+        runs = launch([Run(config) for config in configs], self.profile.at_once)
         for run in runs:
-            for kept in (*run.needed, run):
-                record(kept, self.records)
+            self.report.add(*run.needed, run)
         return runs
 
-    def benchmark(self, kind: str, *runs: RunConfig) -> pd.DataFrame:
-        """The rows that benchmark `kind` gives for `runs` (the first is the one it is named by), measured once."""
-        first, *others = runs
-        config = BenchmarkConfig(kind=kind, run=first, others=others, steps=self.profile.benchmark_steps)
-        return self.measure("vqa.experiments", config)
+    def measure(self, kind: str, *runs: RunConfig, steps: int | None = None) -> pd.DataFrame:
+        """The rows that the measurement `kind` (a key of results.KINDS) gives for `runs`, measured once.
 
-    def measure(self, module: str, *configs: Section) -> pd.DataFrame:
-        """The rows that the command `module` gives for each of `configs`, measured once, `at_once` side by side."""
-        runs = launch([Run(config, module) for config in configs], self.profile.at_once)
-        for run in runs:
-            record(run, self.records)
+        `steps` are the timed steps an arm, where not as the profile's benchmark_steps says. `parity` measures
+        on each of the profile's world sizes; `forensics` chooses its runs itself.
+        """
+        from vqa.study.launch import launch
+
+        steps = self.profile.benchmark_steps if steps is None else steps
+        if kind == "parity":
+            configs = parity_configs(list(runs), self.profile.scaling.world_sizes)
+        elif kind == "forensics":
+            configs = forensics_configs(self.profile)
+        else:
+            configs = [MeasurementConfig(kind=kind, runs=list(runs), steps=steps)]
+        measured = launch([Run(config) for config in configs], self.profile.at_once)
+        self.report.add(*measured)
+        return self.results(run=[run.folder.name for run in measured])
+
+    def results(self, **columns: Any) -> pd.DataFrame:
+        """The rows of results.csv so far whose `columns` hold the given value, or one of a list of values."""
         rows = self.report.results()
-        return rows[rows["run"].isin([run.folder.name for run in runs])]
+        for column, wanted in columns.items():
+            rows = rows[rows[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+        return rows
 
-    @staticmethod
-    def verdict(expectation: str, holds: bool, found: str) -> "Verdict":
-        """One line that says whether `expectation` held, and what was found."""
-        return Verdict(expectation, bool(holds), found)
+    def accuracy_table(self) -> pd.DataFrame:
+        """One row a trained model: size, test accuracy with its interval, the blind baseline beside it."""
+        return accuracy_table(self.report.results())
+
+    def compare(self, first: list[Run], second: list[Run]) -> Difference:
+        """Test accuracy of `first` minus that of `second` on the same questions, several seeds each, by image."""
+        from vqa.evaluation.metrics import mean_paired_difference
+
+        answers = ([run.predictions() for run in runs] for runs in (first, second))
+        return Difference(*(100 * part for part in mean_paired_difference(*answers)))
 
     def figure(self, name: str) -> Figure:
-        """Figure `name`, drawn from the records and saved with the report."""
-        return draw(self.report, name)
+        """Figure `name`, drawn from the records and kept for `save`."""
+        self.figures[name] = draw(self.report, name)
+        return self.figures[name]
+
+    def save(self) -> None:
+        """Write records, figures and results.csv: only a notebook that came to its end changes the report."""
+        self.report.save(self.figures)
+        rows = self.report.results()
+        print(f"saved: {len(self.figures)} figures, {len(rows)} numbers of {rows['run'].nunique()} runs so far")
 
 
-def checked_parameters(namespace: dict[str, Any]) -> dict[str, Any]:
-    """The values of the names that the notebook's parameters cell declares.
+def _refuse_unknown_parameters() -> None:
+    """Raise ConfigError for a parameter that the notebook does not have.
 
-    papermill only warns of a parameter the notebook does not have, and injects it as it is. Here
-    an unknown name or a wrong type is a ConfigError that names the nearest right one.
+    papermill itself only warns of one, and assigns it in the cell that it injects.
     """
-    declared, injected = {}, []
-    for source in namespace["In"]:
-        assigned = _assignments(source)
-        if source.startswith(INJECTED):
-            injected = list(assigned)
-        elif not declared:
-            declared = {name: kind for name, kind in assigned.items() if kind}
-    for name in injected:
-        if name not in declared:
-            raise ConfigError(f"the notebook has no parameter {name!r}; {near(name, declared)}")
-    for name, kind in declared.items():
-        try:
-            TypeAdapter(eval(kind)).validate_python(namespace[name], strict=True)
-        except ValidationError:
-            raise ConfigError(f"parameter {name} is {namespace[name]!r}, not of type {kind}") from None
-    return {name: namespace[name] for name in declared}
-
-
-def _assignments(source: str) -> dict[str, str | None]:
-    """Names assigned at the top of a cell, with their annotation if they have one."""
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:  # a magic
-        return {}
-    annotated = {node.target.id: ast.unparse(node.annotation) for node in body if isinstance(node, ast.AnnAssign)}
-    plain = {
-        node.targets[0].id: None
-        for node in body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    return annotated | plain
-
-
-figures.set_style()
+    shell = get_ipython()
+    for cell in shell.user_ns["In"] if shell else ():
+        if cell.startswith(INJECTED):
+            for name in compile(cell, "parameters", "exec").co_names:
+                if name not in PARAMETERS and not hasattr(builtins, name):
+                    raise ConfigError(f"the notebook has no parameter {name!r}; {near(name, PARAMETERS)}")

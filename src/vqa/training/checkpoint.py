@@ -1,5 +1,6 @@
 """Checkpoints: what a training run needs to go on as if it had never stopped.
 
+    runs/<run>/checkpoints/best.safetensors    the best model so far
     runs/<run>/checkpoints/step-<n>/
         weights.safetensors  of the network that is trained
         best.safetensors     of the best model so far (a hard link: nothing is written twice)
@@ -14,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-KEPT = 2  # the newest, and the one before in case it is damaged
+from vqa.distributed import Rank, from_main, main_first
+from vqa.run_folder import Run
+
+NEWEST = 2  # checkpoints that stay: the newest, and the one before in case it is damaged
 WEIGHTS, BEST, STATE, MANIFEST = "weights.safetensors", "best.safetensors", "state.pt", "manifest.json"
 
 
@@ -31,15 +35,51 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or must not be used; its message is one sentence for the user."""
 
 
-def save(folder: Path, step: int, network: nn.Module, state: dict, fingerprint: dict[str, str]) -> Path:
-    """Write step-<`step`> into `folder`, whose best.safetensors it keeps too; the oldest but KEPT are removed.
+class Checkpoints:
+    """The checkpoints of one run. Every rank calls these methods, the main rank alone writes.
+
+    `fingerprint` says which configuration and data they belong to. What fails on the main rank, all ranks raise.
+    """
+
+    def __init__(self, run: Run, rank: Rank, fingerprint: dict[str, str]):
+        self.run, self.rank, self.fingerprint = run, rank, fingerprint
+        self.folder = run.folder / "checkpoints"
+        self.best = self.folder / BEST
+        self.last: str | None = None  # the name of the newest
+
+    def save(self, step: int, network: nn.Module, state: dict) -> None:
+        """Raises CheckpointError if step-<`step`> cannot be written."""
+        main_first(lambda: save(self.folder, step, network, state, self.fingerprint), self.rank)
+        self.last = f"step-{step}"
+
+    def save_best(self, model: nn.Module) -> None:
+        """Raises CheckpointError if it cannot be written.
+
+        A kill before the next checkpoint does no harm: this file is then replaced by the older checkpoint's.
+        """
+        main_first(lambda: self._write_best(model), self.rank)
+
+    def _write_best(self, model: nn.Module) -> None:
+        with self.run.replacing(f"checkpoints/{BEST}") as path, one_sentence(self.best):
+            save_model(model, str(path))
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """As the function `newest`; the sentences are empty on other ranks than the main one."""
+        path, damaged = main_first(lambda: newest(self.folder, self.fingerprint), self.rank) or (None, [])
+        path = from_main(path)
+        self.last = path.name if path else None
+        return path, damaged
+
+
+def save(folder: Path, step: int, network: nn.Module, state: dict, fingerprint: dict[str, str]) -> None:
+    """Write step-<`step`> into `folder`, its best.safetensors included; of the older ones NEWEST - 1 stay.
 
     Raises CheckpointError if it cannot be written; those before it are then as they were.
     """
     final = folder / f"step-{step}"
     temporary = folder / f".{final.name}"
     try:
-        with written(final):
+        with one_sentence(final):
             temporary.mkdir(parents=True)
             save_model(network, str(temporary / WEIGHTS))
             packed = io.BytesIO()  # on a full disk the file then raises OSError, which torch.save does not
@@ -55,14 +95,13 @@ def save(folder: Path, step: int, network: nn.Module, state: dict, fingerprint: 
             _flush(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for older in steps(folder)[:-KEPT]:
+    for older in steps(folder)[:-NEWEST]:
         _remove(older)
-    return final
 
 
 @contextmanager
-def written(path: Path) -> Iterator[None]:
-    """A failure to write within the block is a CheckpointError that names `path`."""
+def one_sentence(path: Path) -> Iterator[None]:
+    """Turn a failure to write within the block into a CheckpointError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -75,17 +114,18 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def newest(folder: Path, fingerprint: dict[str, str], say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, None without one; `say` is told of each that is damaged.
+def newest(folder: Path, fingerprint: dict[str, str]) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, None without one, and a sentence about each damaged one that is newer.
 
     What a killed process left half-written is removed, and best.safetensors becomes the checkpoint's own.
     Raises CheckpointError if it belongs to other data or another configuration than `fingerprint`.
     """
-    for left in folder.glob(".step-*"):
-        shutil.rmtree(left)
+    damaged = []
+    for half_written in folder.glob(".step-*"):
+        shutil.rmtree(half_written)
     for path in reversed(steps(folder)):
         if found := damage(path):
-            say(f"checkpoint {path.name} is damaged ({found}): passed over for the one before")
+            damaged.append(f"checkpoint {path.name} is damaged ({found}): passed over for the one before")
             continue
         belongs = json.loads((path / MANIFEST).read_text())["fingerprint"]
         for what, wanted in fingerprint.items():
@@ -93,16 +133,12 @@ def newest(folder: Path, fingerprint: dict[str, str], say: Callable[[str], None]
                 raise CheckpointError(
                     f"checkpoint {path} belongs to {what} {belongs[what]}, not {wanted}: remove {folder} to start anew"
                 )
-        _take_best(path, folder)
-        return path
+        (folder / BEST).unlink(missing_ok=True)
+        if (path / BEST).is_file():
+            link(path / BEST, folder / BEST)
+        return path, damaged
     (folder / BEST).unlink(missing_ok=True)
-    return None
-
-
-def _take_best(path: Path, folder: Path) -> None:
-    (folder / BEST).unlink(missing_ok=True)
-    if (path / BEST).is_file():
-        link(path / BEST, folder / BEST)
+    return None, damaged
 
 
 def load(path: Path, network: nn.Module) -> dict:
@@ -111,8 +147,8 @@ def load(path: Path, network: nn.Module) -> dict:
     return torch.load(path / STATE, map_location="cpu", weights_only=True)
 
 
-def forget(folder: Path) -> None:
-    """Remove every checkpoint in `folder`: its run has finished."""
+def remove_all(folder: Path) -> None:
+    """Remove every checkpoint in `folder`: its run has finished. The best model stays."""
     for path in steps(folder):
         _remove(path)
 

@@ -1,19 +1,11 @@
-"""Training losses. Each is a sum over pairs divided by a count the caller names, so that shares of a
-batch on several ranks, or in several accumulation steps, add up to the loss of the whole."""
+"""Training losses beside the cross-entropy that a model's forward gives.
+
+Those that take a `global_count` are sums over pairs divided by it, the pairs of the whole step, so that shares of a
+batch on several ranks, or in several accumulation steps, add up to the loss of the whole.
+"""
 
 import torch
 from torch.nn import functional
-
-from vqa.data.batches import UNKNOWN_ANSWER
-
-
-def answer_loss(logits: torch.Tensor, labels: torch.Tensor, global_count: int) -> torch.Tensor:
-    """Cross-entropy of `logits` (N, A) against `labels` (N,), over the `global_count` pairs of the step.
-
-    A pair whose answer is outside the vocabulary adds nothing to the sum.
-    """
-    summed = functional.cross_entropy(logits.float(), labels, ignore_index=UNKNOWN_ANSWER, reduction="sum")
-    return summed / global_count
 
 
 def soft_target_loss(

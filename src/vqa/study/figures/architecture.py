@@ -1,129 +1,90 @@
-"""The figures of 01_architecture, and the models they count."""
+"""The figures of 01_architecture, and the models they count. Only its functions import what models need."""
 
-import numpy as np
+from types import SimpleNamespace
+
 import pandas as pd
-import torch
 from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from vqa.config import Profile, load_profile
-from vqa.models.vqa_model import VQAModel, parameter_count, without_public_weights
-from vqa.study.figures.style import GREYS, HATCHES, figure
+from vqa.study.figures.style import GREYS, HATCHES, figure, words
 from vqa.study.records import Report
-from vqa.training.objectives import Answers, tokenizer_for
 
 BERT_VOCABULARY = 30522
+ROLES = ("teacher", "student")
 
 
 @figure
-def towers(report: "Report") -> Figure:
-    """Both models of the profile as blocks, with the shapes that flow through them, measured by running them."""
-    made, axes = pyplot.subplots(1, 2, figsize=(13, 5.2))
-    for axis, role in zip(axes, ("teacher", "student"), strict=True):
-        draw_model(axis, build(report, role), role)
-    return made
+def towers(report: Report) -> None:
+    """Both models of the profile, part by part, with the shapes that flow through them, measured by running them."""
+    made, axes = pyplot.subplots(2, 1, figsize=(8, 4.4))
+    for axis, role in zip(axes, ROLES, strict=True):
+        model = build(report, role)
+        kinds = {name: getattr(model.config, name).kind for name in ("image_encoder", "text_encoder", "fusion")}
+        rows = [
+            [words(part), words(kinds.get(part, "linear")), f"{count:,}", shape]
+            for (part, count), shape in zip(parts(model).items(), shapes(model), strict=True)
+        ]
+        table = axis.table(rows, colLabels=["part", "kind", "parameters", "gives"], loc="center", cellLoc="center")
+        table.scale(1, 1.5)
+        axis.set(title=f"{role}: {sum(parts(model).values()):,} parameters")
+        axis.set_axis_off()
+    made.supxlabel("I images · U questions of T tokens · N pairs of an image and a question", fontsize=9)
 
 
 @figure
-def parameter_share(report: "Report") -> Figure:
+def parameter_share(report: Report) -> None:
     """Parameters by part for teacher and student: this profile's and the full-size pair of `base`."""
-    made, axes = pyplot.subplots(1, 2, figsize=(12, 3.6))
-    own = len(tokenizer_for(report.profile.run("student"), report.source))
-    for axis, (profile, words) in zip(
-        axes, ((report.profile, own), (load_profile("base"), BERT_VOCABULARY)), strict=True
-    ):
-        counts = pd.DataFrame({role: parts(build_meta(profile, role, words)) for role in ("teacher", "student")}).T
-        left = np.zeros(len(counts))
-        for place, part in enumerate(counts.columns):
-            axis.barh(
-                counts.index,
-                counts[part],
-                left=left,
-                color=GREYS[place],
-                hatch=HATCHES[place],
-                edgecolor="black",
-                linewidth=0.5,
-                label=part.replace("_", " "),
-            )
-            left += counts[part].to_numpy()
+    own = build(report, "student").processor.vocabulary_size
+    shown = ((report.profile, own), (load_profile("base"), BERT_VOCABULARY))
+    _, axes = pyplot.subplots(1, 2, figsize=(12, 3.6))
+    for axis, (profile, vocabulary) in zip(axes, shown, strict=True):
+        counts = pd.DataFrame({role: parts(build_meta(profile, role, vocabulary)) for role in ROLES}).T
         smaller = 100 * (1 - counts.loc["student"].sum() / counts.loc["teacher"].sum())
+        counts.rename(columns=words).plot.barh(stacked=True, ax=axis, color=GREYS, edgecolor="black", legend=False)
+        for bars, hatch in zip(axis.containers, HATCHES, strict=True):
+            pyplot.setp(bars, hatch=hatch, linewidth=0.5)
         axis.set(title=f"{profile.name}: student {smaller:.1f} % smaller", xlabel="parameters")
         axis.xaxis.set_major_formatter(EngFormatter())
+        axis.grid(axis="y", visible=False)
         axis.invert_yaxis()
-    axes[1].legend(fontsize=9, loc="lower right")
-    made.tight_layout()
-    return made
+    axes[1].legend(loc="lower right")
 
 
-def build(report: "Report", role: str) -> VQAModel:
-    """The profile's model for its data, untrained."""
-    return Answers(report.profile.run(role).model_copy(update={"parent": None}), report.source, None).model
+def build(report: Report, role: str):
+    """The profile's VQAModel for its data, untrained."""
+    from vqa.models.build import vqa_model
+    from vqa.training.objectives import processor_for
+
+    run = report.profile.run(role)
+    return vqa_model(run.model, processor_for(run, report.source))
 
 
-class _Words(list):
-    """A tokenizer's length and nothing else: enough to size an embedding."""
+def build_meta(profile: Profile, role: str, vocabulary: int = BERT_VOCABULARY):
+    """The VQAModel of `role` without memory for its weights, with easy-VQA's 13 answers: for counting."""
+    import torch
 
+    from vqa.models.build import vqa_model
+    from vqa.models.parts import without_public_weights
 
-def build_meta(profile: Profile, role: str, vocabulary: int = BERT_VOCABULARY) -> VQAModel:
-    """The model of `role` in `profile` without memory for its weights, with easy-VQA's 13 answers: for counting."""
     run = profile.run(role)
     with torch.device("meta"):
-        config = without_public_weights(run.model)
-        return VQAModel(config, _Words([None] * vocabulary), [""] * 13, run.data.image_size)
+        sizes = SimpleNamespace(vocabulary_size=vocabulary, answers=[""] * 13, image_size=run.data.image_size)
+        return vqa_model(without_public_weights(run.model), sizes)
 
 
-def parts(model: VQAModel) -> dict[str, int]:
-    """Parameters of each part."""
-    names = ("image_encoder", "text_encoder", "fusion", "answer_head")
-    return {name: parameter_count(getattr(model, name)) for name in names}
+def parts(model) -> dict[str, int]:
+    """Parameters of each part of a VQAModel."""
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in model.named_children()}
 
 
-def draw_model(axis: Axes, model: VQAModel, title: str) -> None:
-    """Boxes for the parts of `model`, each with its parameters and the shape it gives for one real-sized input."""
-    size = model.image_size
-    image = model.image_encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    ids = torch.ones(1, 12, dtype=torch.long)
-    text = model.text_encoder(ids, ids)
-    index = torch.zeros(1, dtype=torch.long)
-    joint = model.fusion(image, text, ids, index, index)
-    config, count = model.config, parts(model)
+def shapes(model) -> list[str]:
+    """What each part of a VQAModel gives for an image and a question of 12 tokens, as (batch, …, width)."""
+    import torch
 
-    def box(x: float, y: float, words: str, shade: str) -> None:
-        axis.text(
-            x,
-            y,
-            words,
-            ha="center",
-            va="center",
-            fontsize=9,
-            bbox={"boxstyle": "round,pad=0.5", "facecolor": shade, "edgecolor": "black"},
-        )
-
-    def arrow(start: tuple[float, float], end: tuple[float, float], words: str = "") -> None:
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "black"})
-        axis.text(
-            (start[0] + end[0]) / 2,
-            (start[1] + end[1]) / 2,
-            words,
-            fontsize=8,
-            ha="center",
-            va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-
-    left, right, middle = 0.25, 0.75, 0.5
-    box(left, 0.06, f"image (I, 3, {size}, {size})", "white")
-    box(right, 0.06, "question (U, T)", "white")
-    box(left, 0.36, f"{config.image_encoder.kind}\n{count['image_encoder']:,} parameters", "0.9")
-    box(right, 0.36, f"{config.text_encoder.kind}\n{count['text_encoder']:,} parameters", "0.9")
-    box(middle, 0.68, f"{config.fusion.kind.replace('_', ' ')} fusion\n{count['fusion']:,} parameters", "0.8")
-    box(middle, 0.93, f"answer head (N, {len(model.answers)})\n{count['answer_head']:,} parameters", "white")
-    arrow((left, 0.1), (left, 0.28))
-    arrow((right, 0.1), (right, 0.28))
-    arrow((left, 0.44), (middle - 0.06, 0.6), f"tokens (I, {image.tokens.shape[1]}, {image.tokens.shape[2]})")
-    arrow((right, 0.44), (middle + 0.06, 0.6), f"tokens (U, T, {text.tokens.shape[2]})")
-    arrow((middle, 0.76), (middle, 0.85), f"(N, {joint.shape[1]})")
-    axis.set(title=f"{title}: {parameter_count(model):,} parameters", xlim=(0, 1), ylim=(0, 1))
-    axis.set_axis_off()
+    size = model.processor.image_size
+    ids, first = torch.ones(1, 12, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    image, text = model.image_encoder(torch.zeros(1, 3, size, size, dtype=torch.uint8)), model.text_encoder(ids, ids)
+    joint = model.fusion(image, text, ids, first, first)
+    (_, seen, wide), (_, _, deep) = image.tokens.shape, text.tokens.shape
+    return [f"(I, {seen}, {wide})", f"(U, T, {deep})", f"(N, {joint.shape[1]})", f"(N, {len(model.processor.answers)})"]

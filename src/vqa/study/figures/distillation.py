@@ -1,17 +1,13 @@
 """The figures of 05_distillation. Their runs are students that started from untrained towers."""
 
-import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
-from vqa.study.figures.style import MARKERS, bars, figure
+from vqa.results import DISTORTIONS
+from vqa.study.figures.style import figure, intervals, logarithmic, measured, records_of
 from vqa.study.records import Report
 
-LINES = ("-", "--", ":", "-.")
-TERMS = ["temperature", "alpha", "feature_weight", "token_weight"]
 REMOVED = {
     "without soft targets": {"alpha": 0.0},
     "without labels": {"alpha": 1.0},
@@ -19,165 +15,117 @@ REMOVED = {
     "without tokens": {"token_weight": 0.0},
 }
 UNDERSTOOD = {
-    "image_swap_changed": "image swapped:\nchanges when it must",
-    "image_swap_kept": "image swapped:\nstays when it must",
-    "question_swap_changed": "question swapped:\nchanges when it must",
-    "question_swap_kept": "question swapped:\nstays when it must",
+    "image_swap_changed": "image swapped: must change",
+    "image_swap_kept": "image swapped: must stay",
+    "question_swap_changed": "question swapped: must change",
+    "question_swap_kept": "question swapped: must stay",
 }
 
 
-def students(report: "Report") -> pd.DataFrame:
-    """One row a student of the study: fraction, seed, the terms' weights (missing if alone), accuracy, way, record.
+def students(report: Report) -> pd.DataFrame:
+    """One row a student: its test accuracy as in results, fraction of questions, the terms' weights (NaN if alone).
 
-    `way` is alone, distilled, without one of the terms, or other.
+    `arm` is alone, distilled, without one of the terms, or other.
     """
-    rows = []
-    for record in report.records():
-        if not record.answers() or record.config["role"] != "student" or record.config["parent"]:
-            continue
-        if record.config["model"] != report.profile.models["student"].model_dump():
-            continue
-        right = next(
-            row for row in record.rows(report.profile) if (row["metric"], row["split"]) == ("accuracy", "test")
-        )
-        taught = record.config["distillation"] or dict.fromkeys(TERMS, np.nan)
-        kept = {key: right[key] for key in ("value", "low", "high", "seed")}
-        fraction = record.config["data"]["question_fraction"]
-        rows.append({"fraction": fraction, **taught, **kept, "way": _way(report, taught), "record": record})
-    return pd.DataFrame(rows)
+    rows = measured(report, "training").query("metric == 'accuracy' and split == 'test'").set_index("run")
+    usual, model = report.profile.distillation.model_dump(), report.profile.models["student"].model_dump()
+    arms = {"alone": {}, "distilled": usual} | {arm: usual | change for arm, change in REMOVED.items()}
+    found = []
+    for record in records_of(report, "training"):
+        config = record.config
+        if config["role"] == "student" and not config["parent"] and config["model"] == model:
+            weights = config["distillation"] or {}
+            arm = next((arm for arm, terms in arms.items() if terms == weights), "other")
+            about = {"run": record.name, "fraction": config["data"]["question_fraction"], "arm": arm}
+            found.append(rows.loc[record.name].to_dict() | weights | about)
+    return pd.DataFrame(found)
 
 
-def _way(report: "Report", taught: dict[str, float]) -> str:
-    usual = report.profile.distillation.model_dump()
-    ways = {
-        "alone": dict.fromkeys(TERMS, np.nan),
-        "distilled": usual,
-        **{way: usual | change for way, change in REMOVED.items()},
-    }
-    return next((way for way, terms in ways.items() if _same(terms, taught)), "other")
-
-
-def _same(first: dict[str, float], second: dict[str, float]) -> bool:
-    return np.array_equal([first[term] for term in TERMS], [second[term] for term in TERMS], equal_nan=True)
-
-
-def headline(report: "Report") -> pd.DataFrame:
-    """The students of the first fraction, where all ways are compared."""
-    table = students(report)
+def headline(report: Report) -> pd.DataFrame:
+    """The students of the first fraction, where all arms are compared, by seed."""
+    table = students(report).sort_values("seed")
     return table[table["fraction"] == report.profile.distillation_study.fractions[0]]
 
 
 @figure
-def distillation_terms(report: "Report") -> Figure:
+def distillation_terms(report: Report) -> None:
     """Test accuracy of the student alone, distilled, and distilled without each of the four terms, a mark a seed."""
-    table = headline(report)
-    ways = ["alone", "distilled", *REMOVED]
-    made, axis = pyplot.subplots(figsize=(10, 3.8))
-    for place, way in enumerate(ways):
-        own = table[table["way"] == way]
-        at = place + np.linspace(-0.1, 0.1, len(own)) if len(own) > 1 else [place]
-        _marks(axis, at, own, place, way)
-    axis.set_xticks(range(len(ways)), ways)
-    axis.set(ylabel="test accuracy, % [95 %]", xlabel="")
-    return made
+    table = headline(report).set_index("arm")
+    rows = pd.concat([table.loc[[arm]] for arm in ("alone", "distilled", *REMOVED)])
+    _, axis = pyplot.subplots(figsize=(10, 3.8))
+    intervals(axis, rows.reset_index(), "arm")
+    axis.set(xlabel="how the student was trained, a mark a seed", ylabel="test accuracy, % [95 %]")
 
 
 @figure
-def distillation_curves(report: "Report") -> Figure:
+def distillation_curves(report: Report) -> None:
     """Validation accuracy over the steps of training, alone and distilled, first seed."""
-    table = headline(report)
-    made, axis = pyplot.subplots(figsize=(8, 3.8))
-    for place, way in enumerate(("alone", "distilled", "without features")):
-        record = table[table["way"] == way].sort_values("seed")["record"].iloc[0]
-        judged = record.metrics.dropna(subset="validation")
-        axis.plot(
-            judged["step"], judged["validation"], LINES[place], marker=MARKERS[place], color=f"C{place}", label=way
-        )
+    shown = ("alone", "distilled", "without features")
+    arms = headline(report).query("arm in @shown").drop_duplicates("arm").set_index("run")["arm"]
+    curves = [record.metrics.assign(arm=arms[record.name]) for record in report.records() if record.name in arms]
+    curves = pd.concat(curves, ignore_index=True).dropna(subset="validation")
+    _, axis = pyplot.subplots(figsize=(8, 3.8))
+    look = {"hue": "arm", "style": "arm", "hue_order": shown, "style_order": shown, "markers": True}
+    seaborn.lineplot(curves, x="step", y="validation", ax=axis, **look)
     axis.set(xlabel="optimizer step", ylabel="validation accuracy, %")
-    axis.legend(fontsize=9)
-    return made
+    axis.legend()
 
 
 @figure
-def distillation_sweep(report: "Report") -> Figure:
+def distillation_sweep(report: Report) -> None:
     """Test accuracy against temperature, a panel for each weight of the soft targets."""
-    table = headline(report)
-    usual = report.profile.distillation
+    table, usual = headline(report), report.profile.distillation
     features = (table["feature_weight"] == usual.feature_weight) & (table["token_weight"] == usual.token_weight)
     swept = table[features & table["alpha"].between(0, 1, inclusive="neither")]
+    swept = swept.assign(student="distilled")
     alphas = sorted(swept["alpha"].unique())
-    made, axes = pyplot.subplots(1, len(alphas), figsize=(3 + 2.6 * len(alphas), 3.4), sharey=True, squeeze=False)
-    alone = table.loc[table["way"] == "alone", "value"].mean()
+    _, axes = pyplot.subplots(1, len(alphas), figsize=(3 + 2.6 * len(alphas), 3.4), sharey=True, squeeze=False)
     for axis, alpha in zip(axes[0], alphas, strict=True):
-        own = swept[swept["alpha"] == alpha].sort_values("temperature")
-        _marks(axis, own["temperature"], own, 1, "distilled")
+        intervals(axis, swept[swept["alpha"] == alpha], "temperature", "student")
+        alone = table.loc[table["arm"] == "alone", "value"].mean()
         axis.axhline(alone, color="black", linestyle=":", label="alone")
-        axis.set(xscale="log", xlabel="temperature", title=f"soft targets weigh {alpha:g}")
-        axis.set_xticks(sorted(swept["temperature"].unique()))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlabel="temperature", title=f"soft targets weigh {alpha:g}")
+        logarithmic(axis, sorted(swept["temperature"].unique()))
     axes[0, 0].set(ylabel="test accuracy, % [95 %]")
-    axes[0, -1].legend(fontsize=9)
-    made.tight_layout()
-    return made
+    axes[0, -1].legend()
 
 
 @figure
-def sample_efficiency(report: "Report") -> Figure:
+def sample_efficiency(report: Report) -> None:
     """Test accuracy of the student, alone and distilled, against the share of training questions it is given."""
-    table = students(report)
-    made, axis = pyplot.subplots(figsize=(8, 4))
-    for place, way in enumerate(("alone", "distilled")):
-        own = table[table["way"] == way].sort_values(["fraction", "seed"])
-        _marks(axis, 100 * own["fraction"] * (1 + 0.03 * place), own, place, way)
-        mean = own.groupby("fraction")["value"].mean()
-        axis.plot(100 * mean.index, mean, LINES[place], color=f"C{place}")
-    axis.set(xscale="log", xlabel="share of the training questions, %", ylabel="test accuracy, % [95 %]")
-    axis.set_xticks([100 * fraction for fraction in sorted(table["fraction"].unique())])
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.legend(fontsize=9)
-    return made
+    table = students(report).query("arm in ('alone', 'distilled')").sort_values(["arm", "fraction", "seed"])
+    table["share"] = 100 * table["fraction"]
+    apart = table["share"] * table["arm"].map({"alone": 0.985, "distilled": 1.015})  # else marks lie on each other
+    _, axis = pyplot.subplots(figsize=(8, 4))
+    intervals(axis, table.assign(at=apart), "at", "arm")
+    look = {"hue": "arm", "style": "arm", "errorbar": None, "legend": False}
+    seaborn.lineplot(table, x="share", y="value", ax=axis, **look)
+    logarithmic(axis, sorted(table["share"].unique()))
+    axis.set(xlabel="share of the training questions, %", ylabel="test accuracy, % [95 %]")
+    axis.legend()
 
 
 @figure
-def understanding(report: "Report") -> Figure:
+def understanding(report: Report) -> None:
     """Whether answers change when the image or the question is swapped, and stay when they must."""
-    rows = _compared(report)
-    table = rows[rows["metric"].isin(UNDERSTOOD)].pivot_table(
-        index="metric", columns="model", values="value", sort=False
-    )
-    made, axis = pyplot.subplots(figsize=(11, 3.8))
-    bars(axis, table.rename(index=UNDERSTOOD), labels=True)
-    axis.set(xlabel="", ylabel="share of swaps, %", ylim=(0, 118))
-    axis.legend(fontsize=9, ncols=3, loc="upper center")
-    return made
+    rows = measured(report, "understanding")
+    rows = rows[rows["metric"].isin(UNDERSTOOD)]
+    _, axis = pyplot.subplots(figsize=(11, 3.8))
+    intervals(axis, rows.replace({"metric": UNDERSTOOD}), "metric", "model", bars=True, number="%.3g")
+    axis.set(xlabel="", ylabel="share of swaps that do, % [95 %]", ylim=(0, 125), yticks=range(0, 101, 20))
+    axis.legend(ncols=3, loc="upper center")
 
 
 @figure
-def robustness(report: "Report") -> Figure:
+def robustness(report: Report) -> None:
     """Test accuracy under noise and blur of growing strength, teacher and both students."""
-    rows = _compared(report)
-    named = rows["metric"].str.extract(r"accuracy_(noisy|blurred)_(\d+)")
-    rows = rows.assign(kind=named[0], level=named[1].astype(float)).dropna(subset="kind")
-    made, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharey=True)
-    words = ("noise, standard deviation of 255", "blur, standard deviation in pixels")
-    for axis, kind, said in zip(axes, ("noisy", "blurred"), words, strict=True):
-        for place, (model, own) in enumerate(rows[rows["kind"] == kind].groupby("model", sort=False)):
-            _marks(axis, own["level"], own, place, model)
-            axis.plot(own["level"], own["value"], LINES[place], color=f"C{place}")
-        axis.set(xlabel=said)
+    rows = measured(report, "understanding").query("metric == 'accuracy'")
+    rows = rows[rows["arm"].isin(DISTORTIONS)]
+    rows = rows.assign(**pd.DataFrame(rows["arm"].map(DISTORTIONS).tolist(), rows.index, ["distortion", "strength"]))
+    _, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    labels = {"noise": "noise, standard deviation of 255", "blur": "blur, standard deviation in pixels"}
+    for axis, (distortion, label) in zip(axes, labels.items(), strict=True):
+        intervals(axis, rows[rows["distortion"] == distortion], "strength", "model", joined=True)
+        axis.set(xlabel=label)
     axes[0].set(ylabel="test accuracy, % [95 %]")
-    axes[1].legend(fontsize=9)
-    made.tight_layout()
-    return made
-
-
-def _compared(report: "Report") -> pd.DataFrame:
-    rows = report.results()
-    return rows[rows["run"].str.contains("-understanding-")]
-
-
-def _marks(axis: Axes, at: object, rows: pd.DataFrame, place: int, label: str) -> None:
-    error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-    axis.errorbar(at, rows["value"], error, fmt=MARKERS[place], capsize=3, color=f"C{place}", label=label)
+    axes[1].legend()

@@ -1,128 +1,82 @@
-"""Figures of 04_scaling and 07_forensics, entered in FIGURES like the others."""
+"""The figures of 04_scaling."""
 
-import numpy as np
+from itertools import cycle
+
 import pandas as pd
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 
-from vqa.experiments.scaling_parity import PARITY_STEPS, TOLERANCE
-from vqa.study.figures.style import GREYS, MARKERS, figure
-from vqa.study.records import Record, Report
-
-LINES = ("-", "--", ":")
-
-
-def measured(report: "Report", kind: str) -> "list[Record]":
-    """The records of scaling jobs of `kind`, by number of ranks."""
-    found = [record for record in report.records() if record.config.get("kind") == kind]
-    return sorted(found, key=lambda record: record.config["run"]["launch"]["world_size"])
-
-
-def by_ranks(rows: pd.DataFrame) -> pd.DataFrame:
-    """`rows` of results with their world sizes as numbers, in order."""
-    return rows.astype({"world_size": int}).sort_values("world_size", kind="stable")
-
-
-def ranks_label(ranks: int) -> str:
-    """1 rank, 2 ranks, …"""
-    return f"{ranks} rank" + "s" * (ranks > 1)
+from vqa.results import PARITY_STEPS, TOLERANCE
+from vqa.study.figures.style import DASHES, MARKERS, figure, intervals, measured, ranks_label, records_of
+from vqa.study.records import Report
 
 
 @figure
-def parity_curves(report: "Report") -> Figure:
+def parity_curves(report: Report) -> None:
     """Every step's loss at each world size, overlaid, and how far each lies from one rank's."""
-    curves = {
-        record.config["run"]["launch"]["world_size"]: record.metrics[record.metrics["step"] <= PARITY_STEPS]
-        for record in measured(report, "parity")
-    }
-    first, *others = curves
-    arms = list(curves[first]["arm"].unique())
-    made, axes = pyplot.subplots(2, len(arms), figsize=(4.4 * len(arms), 6), sharex=True, squeeze=False)
+    jobs = records_of(report, "parity")
+    curves = pd.concat([job.metrics.assign(ranks=job.run["launch"]["world_size"]) for job in jobs])
+    losses = curves[curves["step"] <= PARITY_STEPS].pivot(index=["arm", "step"], columns="ranks", values="loss")
+    arms = list(curves["arm"].unique())
+    _, axes = pyplot.subplots(2, len(arms), figsize=(4.4 * len(arms), 6), sharex=True, squeeze=False)
     for (top, bottom), arm in zip(axes.T, arms, strict=True):
-        losses = {ranks: curve[curve["arm"] == arm].set_index("step")["loss"] for ranks, curve in curves.items()}
-        for place, (ranks, loss) in enumerate(losses.items()):
-            top.plot(loss, LINES[place % 3], lw=3 - place, color=GREYS[place], label=ranks_label(ranks))
-        for place, ranks in enumerate(others):
-            apart = (losses[ranks] / losses[first] - 1).abs().clip(lower=1e-9)
-            bottom.semilogy(apart, MARKERS[place], ms=4, mfc="none", color="black", label=ranks_label(ranks))
-        bottom.axhline(TOLERANCE, color="black", lw=1, ls="--")
-        top.set_title(arm)
-        bottom.set(xlabel="step", ylim=(5e-10, 1))
+        own = losses.loc[arm].rename(columns=ranks_label)
+        apart = own.iloc[:, 1:].div(own.iloc[:, 0], axis=0).sub(1).abs().clip(lower=1e-9)  # 0 has no logarithm
+        for place, name in enumerate(own):
+            top.plot(own[name], DASHES[place % len(DASHES)], linewidth=4 / (place + 1), label=name)
+        for marker, name in zip(cycle(MARKERS[1:]), apart):
+            bottom.plot(apart[name], marker, color="black", markersize=4, fillstyle="none", label=name)
+        bottom.axhline(TOLERANCE, color="black", linewidth=1, linestyle="--", label="allowed")
+        top.set(title=arm)
+        bottom.set(xlabel="step", yscale="log", ylim=(5e-10, 1))
     axes[0, 0].set_ylabel("loss, nats")
-    axes[1, 0].set_ylabel("relative difference\nfrom one rank (line: allowed)")
+    axes[1, 0].set_ylabel("relative difference\nfrom one rank")
     axes[0, -1].legend()
-    if others:
-        axes[1, -1].legend()
-    made.tight_layout()
-    return made
+    axes[1, -1].legend()
 
 
 @figure
-def step_times(report: "Report") -> Figure:
+def step_times(report: Report) -> None:
     """A training step on 1, 2, … ranks: measured, and predicted from computing alone plus exchange."""
-    (record,) = measured(report, "speed")
-    rows = by_ranks(pd.DataFrame(record.rows(report.profile)))
-    made, axes = pyplot.subplots(1, 2, figsize=(11, 3.8))
+    rows = measured(report, "speed")
+    _, axes = pyplot.subplots(1, 2, figsize=(11, 3.8))
     titles = {"plain": "one global batch, shared out", "plain, accumulated": "four global batches, exchanged once"}
-    for axis, (engine, title) in zip(axes, titles.items(), strict=True):
-        chosen = rows[rows["engine"] == engine]
-        found = chosen[chosen["metric"] == "step_seconds"]
-        predicted = chosen[chosen["metric"] == "predicted_step_seconds"].set_index("world_size")["value"]
-        places = np.arange(len(found))
-        spread = [1e3 * (found["value"] - found["low"]), 1e3 * (found["high"] - found["value"])]
-        axis.bar(places, 1e3 * found["value"], 0.6, yerr=spread, color=GREYS[2], edgecolor="black", label="measured")
-        axis.plot(places[1:], 1e3 * predicted, "kD", mfc="none", ms=8, label="predicted")
-        ideal = 1e3 * found["value"].iloc[0] / found["world_size"]
-        axis.plot(places, ideal, "k:", label="ideal")
-        axis.set_xticks(places, [ranks_label(ranks) for ranks in found["world_size"]])
-        axis.set(title=title, ylabel="step, ms")
-        axis.grid(axis="x", visible=False)
+    for axis, (arm, title) in zip(axes, titles.items(), strict=True):
+        own = rows[rows["arm"] == arm]
+        found = own[own["metric"] == "step_seconds"]
+        predicted = own[own["metric"] == "predicted_step_seconds"].set_index("ranks")["value"]
+        intervals(axis, found, "ranks", bars=True, scale=1e3)
+        axis.plot(1e3 * predicted.reindex(found["ranks"]).to_numpy(), "kD", mfc="none", ms=8, label="predicted")
+        axis.plot(1e3 * found["value"].iloc[0] / found["world_size"].to_numpy(), "k:", label="ideal")
+        axis.set(title=title, xlabel="bars: measured [95 %]", ylabel="step, ms")
     axes[0].legend()
-    made.tight_layout()
-    return made
 
 
 @figure
-def ddp_options(report: "Report") -> Figure:
+def ddp_options(report: Report) -> None:
     """Each option of DistributedDataParallel alone: its step over the plain one's, on two ranks."""
-    return time_ratios(report, "speed")
+    time_ratios(report, "speed")
 
 
 @figure
-def training_levers(report: "Report") -> Figure:
+def training_levers(report: Report) -> None:
     """This study's loop with one change at a time: its step over the unchanged one's."""
-    return time_ratios(report, "loops")
+    time_ratios(report, "loops")
 
 
-def time_ratios(report: "Report", kind: str) -> Figure:
-    """The step_time_ratio rows of the scaling job of `kind`, with their intervals."""
-    (record,) = measured(report, kind)
-    rows = pd.DataFrame(record.rows(report.profile)).query("metric == 'step_time_ratio'").iloc[::-1]
-    made, axis = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))
-    spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-    axis.errorbar(rows["value"], rows["engine"], xerr=spread, fmt="ko", capsize=4)
-    axis.axvline(1, color="black", ls="--", lw=1)
-    axis.set(xlabel="step time ÷ plain step time (below 1: faster)")
-    axis.margins(y=0.2)
-    return made
+def time_ratios(report: Report, kind: str) -> None:
+    """The step_time_ratio of every arm of the measurement `kind`, with its interval."""
+    rows = measured(report, kind).query("metric == 'step_time_ratio'")
+    _, axis = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.2))
+    intervals(axis, rows, "arm", horizontal=True)
+    axis.axvline(1, color="black", linestyle="--", linewidth=1)
+    axis.set(xlabel="step time ÷ plain step time (below 1: faster) [95 %]")
 
 
 @figure
-def training_loops(report: "Report") -> Figure:
+def training_loops(report: Report) -> None:
     """Questions a second of this study's loop and of others on the same pairs."""
-    (record,) = measured(report, "loops")
-    rows = pd.DataFrame(record.rows(report.profile)).query("metric == 'questions_per_second'")
-    rows = rows.sort_values("value")
-    made, axis = pyplot.subplots(figsize=(9, 3.2))
-    drawn = axis.barh(
-        rows["engine"],
-        rows["value"],
-        xerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
-        color=GREYS[2],
-        edgecolor="black",
-    )
-    axis.bar_label(drawn, fmt="{:,.0f}", padding=6, fontsize=9)
-    axis.set(xlabel="questions a second in training")
-    axis.margins(x=0.15)
-    axis.grid(axis="y", visible=False)
-    return made
+    rows = measured(report, "loops").query("metric == 'questions_per_second'")
+    _, axis = pyplot.subplots(figsize=(9, 3.2))
+    rows = rows.sort_values("value", ascending=False)
+    intervals(axis, rows, "arm", bars=True, horizontal=True, number="{:,.0f}")
+    axis.set(xlabel="questions a second in training [95 %]")

@@ -1,6 +1,6 @@
-"""The study's figures. Each takes the Report it is drawn from and gives a matplotlib Figure.
+"""What all figures share: their registry, how they tell things apart in grey, and the one way to draw intervals.
 
-Runs differ by line style and marker, bars by hatching, so that every figure reads in grey.
+A figure is a function of this folder that draws with pyplot what the Report it is given holds.
 """
 
 from collections.abc import Callable
@@ -14,75 +14,118 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from pandas.api.types import is_numeric_dtype
 
 from vqa.study.records import Record, Report
 
-GREYS = ("0.15", "0.5", "0.75", "0.9")
-HATCHES = ("", "//", "..", "xx")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+FIGURES: dict[str, Callable[[Report], Figure]] = {}
+GREYS, HATCHES = ("0.5", "0.85", "0.3", "0.7"), ("", "//", "..", "xx")
+MARKERS, DASHES = "os^DvPX", ("-", "--", ":", "-.")
 SHOWN_ANSWERS = 25  # the commonest, where there are more
-FIGURES: dict[str, Callable[["Report"], Figure]] = {}
 
 
 def set_style() -> None:
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind")
-    matplotlib.rcParams.update({"figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "hatch.linewidth": 0.6})
+    small = {"legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.titlesize": 11}
+    saved = {"figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
+    matplotlib.rcParams.update(small | saved | {"hatch.linewidth": 0.6})
 
 
-def figure(draw: Callable[["Report"], Figure]) -> Callable[["Report"], Figure]:
-    """Enter `draw` in FIGURES under its name, and keep notebooks from showing its figure twice."""
+def figure(draw: Callable[[Report], None]) -> Callable[[Report], Figure]:
+    """Enter `draw` in FIGURES under its name, as a function that gives the Figure which `draw` opened."""
 
-    def drawn(report: "Report") -> Figure:
-        made = draw(report)
-        pyplot.close(made)
+    def drawn(report: Report) -> Figure:
+        draw(report)
+        made = pyplot.gcf()
+        pyplot.close(made)  # else a notebook shows it twice
         return made
 
     FIGURES[draw.__name__] = drawn
     return drawn
 
 
-def bars(axis: Axes, table: pd.DataFrame, labels: bool = False) -> None:
-    """Grouped bars, one group a row of `table`, told apart in grey by shade and hatching."""
-    table.plot.bar(ax=axis, color=GREYS[: table.shape[1]], edgecolor="black", linewidth=0.5, rot=0, width=0.75)
-    for place, group in enumerate(axis.containers):
-        for patch in group:
-            patch.set_hatch(HATCHES[place])
-        if labels:
-            axis.bar_label(group, fmt="%.3g", fontsize=8, padding=1)
-    axis.margins(y=0.12)
-    axis.grid(axis="x", visible=False)
+def intervals(axis: Axes, rows: pd.DataFrame, x: str, by: str | None = None, *, bars=False, joined=False,
+              horizontal=False, number="", scale=1.0) -> None:  # fmt: skip
+    """Draw each row's `value` at its `x`, with low to high where they are known; each `by` in a look of its own.
+
+    An `x` of words gives each word a place, in order of appearance, where groups and repeats stand side by side.
+    Points are `joined` by a line, bars have their value beside them in the format `number`; all is times `scale`.
+    """
+    places = {} if is_numeric_dtype(rows[x]) else {name: place for place, name in enumerate(rows[x].unique())}
+    groups = [(None, rows)] if by is None else list(rows.groupby(by, sort=False))
+    width = (0.75 if bars else 0.6) / len(groups)
+    for place, (label, own) in enumerate(groups):
+        at, value, error = own[x], scale * own["value"], None
+        if places:
+            repeats = own.groupby(x)[x]
+            aside = (repeats.cumcount() + 0.5) / repeats.transform("size") - 0.5
+            at = at.map(places) + width * (place - (len(groups) - 1) / 2 + 0.7 * aside)
+        if "low" in own and own["low"].notna().any():
+            error = scale * np.array([own["value"] - own["low"], own["high"] - own["value"]])
+        if bars:
+            look = {"color": GREYS[place % len(GREYS)], "hatch": HATCHES[place % len(HATCHES)], "capsize": 3}
+            draw, sides = (axis.barh, {"xerr": error}) if horizontal else (axis.bar, {"yerr": error})
+            drawn = draw(at, value, width, label=label, edgecolor="black", linewidth=0.5, **sides, **look)
+            if number:
+                axis.bar_label(drawn, fmt=number, fontsize=8, padding=3)
+        else:
+            dash = DASHES[place % len(DASHES)] if joined else ""
+            look = {"color": f"C{place}", "marker": MARKERS[place % len(MARKERS)], "linestyle": dash, "capsize": 3}
+            axis.errorbar(*((value, at, None, error) if horizontal else (at, value, error)), label=label, **look)
+    if places and horizontal:
+        axis.set_yticks(range(len(places)), places)
+        axis.set_ylim(len(places) - 0.4, -0.6)  # the first on top
+    elif places:
+        axis.set_xticks(range(len(places)), [fill(words(name), 17, break_on_hyphens=False) for name in places])
+    if places:
+        axis.grid(axis="y" if horizontal else "x", visible=False)
+        axis.margins(**{"x" if horizontal else "y": 0.12})  # room for numbers
 
 
-def answered(item: pd.Series) -> str:
-    """A question and what became of it, in lines that fit over a small image."""
-    verdict = "right" if item["correct"] else f"wrong, is {item['answer']}"
-    return f"{fill(item['question'], 28)}\n→ {item['prediction']} ({verdict})"
+def words(name: str) -> str:
+    """A name of the code as readers see it."""
+    return name.replace("_", " ")
 
 
-def logarithmic(axis: Axes) -> None:
-    """A logarithmic x axis with 1, 2 and 5 of each decade as plain numbers."""
+def words_of(rows: pd.DataFrame, *columns: str) -> pd.Series:
+    """For each of `rows`, what stands in `columns`, with commas; empty ones are left out."""
+    return rows[list(columns)].apply(lambda row: ", ".join(filter(None, row)), axis=1)
+
+
+def ranks_label(ranks: int) -> str:
+    """1 rank, 2 ranks, …"""
+    return f"{ranks} rank" + "s" * (ranks > 1)
+
+
+def run_label(report: Report, run: Record) -> str:
+    """What legends call a run that learned to answer: model, fusion, what is special about it, seed."""
+    about = (run.config["model"]["fusion"]["kind"], run.arm(report.profile), f"seed {run.config['seed']}")
+    return words(f"{run.model} ({', '.join(filter(None, about))})")
+
+
+def legend_outside(axis: Axes) -> None:
+    axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+
+
+def logarithmic(axis: Axes, ticks: list[float] | None = None) -> None:
+    """A logarithmic x axis with plain numbers: `ticks`, or 1, 2 and 5 of each decade."""
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
+    if ticks is not None:
+        axis.set_xticks(ticks)
 
 
-def test_image(report: "Report", image_id: int) -> np.ndarray:
-    """The test image of that number, uint8 (3, H, W)."""
-    table = report.source.splits["test"]
-    (row,) = np.flatnonzero(np.array(table["image_id"][:]) == image_id)
-    return np.asarray(table[int(row)]["image"], dtype=np.uint8)
+def measured(report: Report, *kinds: str) -> pd.DataFrame:
+    """The results of every measurement of these kinds, by world size.
+
+    For legends there are `ranks`, the world size in words, and `variant`, precision and arm.
+    """
+    rows = report.results()
+    rows = rows[rows["kind"].isin(kinds)].sort_values("world_size", kind="stable")
+    return rows.assign(ranks=rows["world_size"].map(ranks_label), variant=words_of(rows, "precision", "arm"))
 
 
-def show_image(axis: Axes, image: object) -> None:
-    axis.imshow(np.asarray(image, dtype=np.uint8).transpose(1, 2, 0))
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.grid(visible=False)
-
-
-def run_label(record: "Record") -> str:
-    config = record.config
-    fusion = config["model"]["fusion"]["kind"].replace("_", " ")
-    alone = "" if config["parent"] else ", from scratch"
-    return f"{config['role']} ({fusion}{alone}, seed {config['seed']})"
+def records_of(report: Report, kind: str) -> list[Record]:
+    return [record for record in report.records() if record.kind == kind]

@@ -12,8 +12,7 @@ from vqa.run_folder import Run
 from vqa.training import checkpoint, objectives
 from vqa.training import train as training
 from vqa.training.checkpoint import CheckpointError
-from vqa.training.logger import TrainingError
-from vqa.training.train import Trainer
+from vqa.training.train import Trainer, TrainingError
 
 WALL = ["questions_per_second", "step_seconds", "seconds"]  # of metrics.jsonl: they depend on the hour
 
@@ -37,7 +36,7 @@ def signal_at(monkeypatch):
 
 
 def config_of(tiny_profile, kind: str):
-    """Dropout draws from the random state; the ResNet has buffers; a pupil's network has projections."""
+    """Dropout draws from the random state; the ResNet has buffers; a distilled student's network has projections."""
     role = "student" if kind == "distilled" else kind
     changes = {"model__dropout": 0.1, "train__gradient_accumulation_steps": 2, "train__checkpoint_every_steps": 3}
     return tiny_profile.run(role, distilled=kind == "distilled", **changes)
@@ -61,7 +60,9 @@ def test_a_stopped_run_ends_with_the_bits_of_an_undisturbed_one(kind, stop, tiny
     assert checkpoint.steps(stopped.folder / "checkpoints") == []  # a finished run needs them no more
 
 
-def test_a_pupil_goes_on_with_its_projections(tiny_profile, untrained_teacher, one_rank, signal_at, tmp_path):
+def test_a_distilled_student_goes_on_with_its_projections(
+    tiny_profile, untrained_teacher, one_rank, signal_at, tmp_path
+):
     """`keep_untrained` has set the place of runs; a second one starts as a copy, so that the teacher is in both."""
     run = Run(config_of(tiny_profile, "distilled"))
 
@@ -91,32 +92,22 @@ def test_checkpoints_come_every_so_many_steps_and_at_the_end(tiny_profile, train
     assert saved == [3, 6, 8]
 
 
-def test_patience_is_remembered(tiny_profile, train_here, signal_at):
-    """At a rate that changes nothing the first epoch stays the best; the stop comes in the last epoch taken."""
-    config = tiny_profile.run("teacher", train__epochs=9, train__lr=1e-12, train__patience=2)
-    signal_at(10)
-    with pytest.raises(TrainingError):
-        train_here(config, "stopped")
-    run = train_here(config, "stopped")
-    assert run.metrics()["validation"].count() == 3
-
-
 def test_a_stop_in_the_last_evaluation_keeps_the_last_checkpoint(tiny_profile, train_here, monkeypatch):
     """By then the model holds the best weights, which must not be saved as those to train on."""
     config = tiny_profile.run("teacher")
     undisturbed = train_here(config, "undisturbed")
-    finish = objectives.Answers.finish
+    test = objectives.Answers.test
 
     def signalled(objective, run):
         os.kill(os.getpid(), signal.SIGTERM)
-        return finish(objective, run)
+        return test(objective, run)
 
-    monkeypatch.setattr(objectives.Answers, "finish", signalled)
+    monkeypatch.setattr(objectives.Answers, "test", signalled)
     with pytest.raises(TrainingError, match=r"go on from step-8$"):
         train_here(config, "stopped")
     weights = Run(config).folder / "checkpoints" / "step-8" / "weights.safetensors"
     before = checkpoint.sha256(weights)
-    monkeypatch.setattr(objectives.Answers, "finish", finish)
+    monkeypatch.setattr(objectives.Answers, "test", test)
     assert checkpoint.sha256(weights) == before
     stopped = train_here(config, "stopped")
     pd.testing.assert_frame_equal(stopped.predictions(), undisturbed.predictions())
