@@ -208,7 +208,7 @@ def test_the_optimizer_meets_a_clipped_gradient(tiny_profile, trainer_of):
             )
         )
         reported = first_step(trainer)[1]
-        assert reported == pytest.approx(gradients[0].norm().item(), rel=1e-6) and reported > 0.6
+        assert reported == pytest.approx(gradients[0].norm().item(), rel=1e-5) and reported > 0.6
     free, clipped = gradients
     assert clipped.norm().item() == pytest.approx(0.5, rel=1e-4)
     torch.testing.assert_close(clipped, free * (0.5 / free.norm()), rtol=1e-4, atol=1e-8)

@@ -189,6 +189,8 @@ def _public_shape(kind: type, config: Tower, asked: dict, folder: Path) -> trans
         key, ours, theirs = KEYS[name], asked[name], getattr(shape, name)
         if key == "width" and isinstance(theirs, list):  # a ResNet's last stage
             ours, theirs = ours[-1], theirs[-1]
+        if ours != theirs and key in ("depths", "layer_type"):  # no keys of a profile: they make it a ResNet18
+            raise ConfigError(f"{config.pretrained} is no ResNet18: its {key} is {theirs}, not {ours}")
         if ours != theirs:
             raise ConfigError(
                 f"{config.pretrained} has {key} {theirs} and the profile asks for {ours}: set it to {theirs}"

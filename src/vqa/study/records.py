@@ -113,11 +113,8 @@ class Report:
 
     def __init__(self, folder: Path, profile: Profile, notebook: str = "~"):  # "~" comes after every name
         self.folder, self.profile, self.notebook = folder, profile, notebook
-        self.used = {
-            name: [folder / "records" / run for run in kept["runs"]]
-            for name, kept in listed(folder).items()
-            if name <= notebook
-        }
+        lists = {name: kept["runs"] for name, kept in listed(folder).items() if name <= notebook}
+        self.used = {name: [folder / "records" / run for run in runs] for name, runs in lists.items()}
 
     @functools.cached_property
     def source(self):

@@ -90,9 +90,13 @@ class Alignment:
         return contrastive_loss(image.float(), caption.float(), *numbers.T, scale.float())
 
     def validate(self) -> float:
-        """R-precision over the whole validation gallery, the mean of both directions, 0 to 1."""
+        """R-precision over the whole validation gallery, the mean of both directions, 0 to 1, on every rank.
+
+        The main rank's: where ranks have batch statistics of their own, so would their scores, and all must agree
+        on whether this epoch is the best.
+        """
         rows = [row for row in self._recalls() if row.metric.startswith("r_precision")]
-        return sum(row.value for row in rows) / len(rows) / 100
+        return from_main(sum(row.value for row in rows) / len(rows) / 100)
 
     def test(self, run: Run) -> list[Result]:
         """Recalls of the validation gallery: the test split is for questions."""
