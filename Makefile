@@ -6,11 +6,14 @@ REPORT := reports/$(PROFILE)
 PACKAGE := $(shell find src -name "*.py") $(wildcard params/*.yaml)
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/*.ipynb))))
 
-# Where runs are kept, for all that make starts: absolute, as notebooks run in a folder of their own.
-override VQA_RUNS := $(if $(filter /%,$(firstword $(VQA_RUNS))),$(VQA_RUNS),$(CURDIR)/$(or $(VQA_RUNS),runs))
+# Where runs are kept, if not in runs/: made absolute, as notebooks run in a folder of their own.
+ifdef VQA_RUNS
+override VQA_RUNS := $(if $(filter /% ~%,$(firstword $(VQA_RUNS))),$(VQA_RUNS),$(CURDIR)/$(VQA_RUNS))
 export VQA_RUNS
+endif
+RUNS := $(or $(VQA_RUNS),runs)
 SPACE := $(subst x,,x x)
-STAMPS := $(subst $(SPACE),\ ,$(VQA_RUNS))/stamps/$(PROFILE)
+STAMPS := $(subst $(SPACE),\ ,$(RUNS))/stamps/$(PROFILE)
 
 .PHONY: help study test faults lab figures lint clean diffs
 .DELETE_ON_ERROR:
@@ -24,7 +27,7 @@ study: $(NOTEBOOKS:%=$(STAMPS)/%) ## run every notebook and write the report of 
 	@echo "the report is in $(REPORT)"
 
 test: .venv/ready ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: .venv/ready ## inject every fault many times (about half an hour) and write reports/faults.csv
 	$(BIN)/python tests/faults.py
@@ -42,14 +45,14 @@ diffs: .venv/ready ## show notebook changes as notebooks in this clone's git dif
 	$(BIN)/nbdime config-git --enable
 
 clean: ## forget all runs; reports and the environment stay
-	rm -rf "$(VQA_RUNS)"
+	rm -rf "$(RUNS)"
 
 # A stamp, not the executed notebook, says what is up to date: reports are in git, where times mean nothing.
 # A notebook that fails stays beside its stamp; one that comes to its end replaces that of the report.
 $(STAMPS)/%: notebooks/%.ipynb $(PACKAGE) .venv/ready
 	@$(BIN)/python -m vqa.study.launch $(PROFILE)
-	@mkdir -p $(REPORT) $(STAMPS)
-	$(BIN)/papermill $< "$@.ipynb" --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
+	@mkdir -p $(REPORT) "$$(dirname "$@")"
+	$(BIN)/papermill "$<" "$@.ipynb" --cwd notebooks --log-output --no-progress-bar -p profile $(PROFILE)
 	@mv "$@.ipynb" $(REPORT)/$*.ipynb
 	@touch "$@"
 
@@ -59,5 +62,5 @@ $(STAMPS)/08_results: $(patsubst %,$(STAMPS)/%,$(filter-out 08_results,$(NOTEBOO
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@echo $(CURDIR)/src > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/vqa.pth"
+	@echo "$(CURDIR)/src" > "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/vqa.pth"
 	@touch $@

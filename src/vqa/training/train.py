@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--profile", default="default")
     parser.add_argument("--role", default="teacher")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--set", action="extend", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     try:
         if arguments.config:
