@@ -3,7 +3,6 @@ import subprocess
 import sys
 
 import pytest
-
 from ruamel.yaml import YAML
 
 from vqa.config import (
@@ -324,7 +323,7 @@ def test_set_may_be_given_several_times():
 
 
 def test_an_unknown_measurement_names_the_nearest(tiny):
-    with pytest.raises(ValueError, match="did you mean grouping?"):
+    with pytest.raises(ValueError, match="did you mean grouping"):
         MeasurementConfig(kind="groping", runs=[tiny])
 
 

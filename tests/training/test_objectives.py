@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from vqa.distributed import Rank
 from vqa.models.build import load_vqa_model, vqa_model
 from vqa.run_folder import Run
+from vqa.training import objectives
 from vqa.training import train as training
 from vqa.training.distillation import Distillation
-from vqa.training.objectives import Answers
+from vqa.training.objectives import Alignment, Answers
 from vqa.training.train import Trainer
 
 IMAGES = np.arange(16)
@@ -126,3 +127,11 @@ def test_a_distilled_run_keeps_a_plain_student_and_names_its_teacher(
     assert run.result("accuracy").value > 0
     losses = run.metrics()["loss"].dropna().tolist()
     assert losses[-1] < losses[0]
+
+
+def test_all_ranks_judge_an_alignment_by_the_main_ranks_score(tiny_profile, source, one_rank, monkeypatch):
+    """With batch statistics of their own, ranks would differ on which epoch was the best, and wait for each other."""
+    told = []
+    monkeypatch.setattr(objectives, "from_main", lambda score: told.append(score) or 0.25)
+    run = tiny_profile.run("student").model_copy(update={"objective": "alignment"})
+    assert Alignment(run, source, one_rank).validate() == 0.25 and 0 <= told[0] <= 1

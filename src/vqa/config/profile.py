@@ -46,7 +46,7 @@ class DistillationStudyConfig(Section):
 class ScalingStudyConfig(Section):
     """What 04_scaling measures."""
 
-    world_sizes: list[Positive] = [1, 2, 4]  # the first is the reference
+    world_sizes: list[Positive] = Field([1, 2, 4])  # the first is the reference
     images: Positive  # training images of the runs whose learning is compared
     epochs: Positive
     steps: Positive  # timed steps an arm
@@ -68,7 +68,9 @@ class Profile(Section):
     data: DataConfig
     models: dict[Literal["teacher", "student"], ModelConfig]
     train: dict[Literal["teacher", "student"], TrainConfig]
-    alignment: dict[Literal["teacher", "student"], TrainConfig] = {}  # roles whose towers are aligned first
+    alignment: dict[Literal["teacher", "student"], TrainConfig] = Field(
+        default_factory=dict
+    )  # roles whose towers are aligned first
     distillation: DistillationConfig
     distillation_study: DistillationStudyConfig
     launch: LaunchConfig
@@ -76,8 +78,10 @@ class Profile(Section):
     benchmark_steps: Positive  # timed steps an arm
     scaling: ScalingStudyConfig
     forensics: ForensicsStudyConfig
-    expected: dict[str, float | None] = {}  # what notebooks expect, by metric; without a number, no verdict
-    fusions: list[FusionConfig] = []  # compared in 03_fusion, on the teacher's towers
+    expected: dict[str, float | None] = Field(
+        default_factory=dict
+    )  # what notebooks expect, by metric; without a number, no verdict
+    fusions: list[FusionConfig] = Field(default_factory=list)  # compared in 03_fusion, on the teacher's towers
     compiled: Literal["none", "trained", "all"] = "trained"  # what 06_quantization also compiles; all: full size too
     latency_of: str = "base"  # the profile whose models 06_quantization times, with random weights
 

@@ -92,29 +92,26 @@ class ConcatConfig(Section):
     width: Positive = 256
 
 
-class CrossAttentionConfig(Section):
-    kind: Literal["cross_attention"]
+class AttendingFusion(Section):
+    """What the fusions that attend to image tokens have in common."""
+
     width: Positive = 256
     layers: Positive = 2
     heads: Positive = 4
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        _check_heads(self.width, self.heads)
+        return self
+
+
+class CrossAttentionConfig(AttendingFusion):
+    kind: Literal["cross_attention"]
     queries: Literal["tokens", "summary"] = "tokens"  # what of a question meets the image
 
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        _check_heads(self.width, self.heads)
-        return self
 
-
-class UnifiedDecoderConfig(Section):
+class UnifiedDecoderConfig(AttendingFusion):
     kind: Literal["unified_decoder"]
-    width: Positive = 256
-    layers: Positive = 2
-    heads: Positive = 4
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        _check_heads(self.width, self.heads)
-        return self
 
 
 ImageTowerConfig = Annotated[ViTConfig | ResNet18Config, Field(discriminator="kind")]
