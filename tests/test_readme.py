@@ -19,13 +19,14 @@ COMMANDS = {
 ELSEWHERE = {  # not run here, and where they are tried instead
     "make study": "minutes; every notebook runs under smoke in test_notebooks.py",
     "make study PROFILE=smoke": "the same",
+    'make study PROFILE=vqa_v2 NOTEBOOKS="00_data 02_prototype 08_results"': "needs the official archives",
     "make test": "runs this",
     "make lab": "a server; opened by hand",
     "make faults": "half an hour; one trial of each in test_faults.py",
     "make diffs": "changes the settings of this clone",
     "sbatch --nodes 2 params/l4x4.slurm": "needs SLURM; its arguments are tried in test_distributed.py",
 }
-ELSEWHERE_IF = {"--nnodes 2": "two hosts in test_distributed.py", "vqa.data.vqa_v2": "data/test_vqa_v2.py"}
+ELSEWHERE_IF = {"--nnodes 2": "two hosts in test_distributed.py", "vqa.data.vqa_v2": "data/test_vqa_v2.py"}  # by a part
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,28 @@ import sys
 import numpy as np
 import pytest
 
-from vqa.config import MeasurementConfig, save_yaml
+from vqa.config import ConfigError, MeasurementConfig, save_yaml
 from vqa.experiments import __main__ as entry
-from vqa.experiments.measurement import MEASURES, WARMUP_STEPS, TrainingArm, interleave_training, measures, step_images
+from vqa.experiments.measurement import (
+    MEASURES,
+    WARMUP_STEPS,
+    TrainingArm,
+    interleave_training,
+    measure_of,
+    measures,
+    step_images,
+)
 from vqa.results import KINDS
 
 
 def test_every_kind_that_is_described_can_be_measured():
-    assert set(KINDS) - set(MEASURES) == {"training", "alignment"}
+    for kind in set(KINDS) - {"training", "alignment"}:
+        assert measure_of(kind).__name__ == kind
+
+
+def test_a_kind_that_nothing_measures_is_one_sentence():
+    with pytest.raises(ConfigError, match="measures 'groupin'; did you mean grouping"):
+        measure_of("groupin")
 
 
 def test_a_measurement_without_a_sentence_is_refused():

@@ -12,6 +12,7 @@ from vqa.experiments.measurement import Measurement
 from vqa.experiments.scaling_parity import arm_name, compared, parity
 from vqa.experiments.scaling_speed import OPTIONS, StepVariant, VariantArm, shared_share, step_results
 from vqa.experiments.step_time_model import BUCKET_BYTES, exposed_seconds, predictions
+from vqa.models.build import vqa_model
 from vqa.run_folder import Run
 from vqa.study.launch import launch
 from vqa.training.objectives import Answers
@@ -162,10 +163,11 @@ def test_step_times_and_what_they_are_over_each_other():
     assert found["step_seconds", "no exchange", 2] == pytest.approx(0.6) and len(rows) == 5 + 4 + 2 + 1
 
 
-def test_arms_are_named_by_what_they_learn_and_by_batch_statistics(tiny_profile):
+def test_arms_are_named_by_what_they_learn_and_by_batch_statistics(tiny_profile, processor):
     teacher, student = (tiny_profile.run(role) for role in ("teacher", "student"))
     stems = [tiny_profile.run("teacher", model__image_encoder__stem=stem) for stem in ("conv", "strided")]
-    assert [arm_name(run) for run in (teacher, student, *stems)] == ["answers", *["answers, BatchNorm"] * 3]
+    names = [arm_name("answers", vqa_model(run.model, processor)) for run in (teacher, student, *stems)]
+    assert names == ["answers", *["answers, BatchNorm"] * 3]
 
 
 @pytest.mark.parametrize(

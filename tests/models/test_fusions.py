@@ -7,17 +7,18 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from vqa.config import ConcatConfig
+from vqa.config.runs import ConcatConfig
 from vqa.models.concat import ConcatFusion
 from vqa.models.cross_attention import CrossAttentionFusion, CrossAttentionLayer, PairRows
 from vqa.models.layers import Features
+from vqa.models.parts import FUSIONS
 from vqa.models.vqa_model import VQAModel
 
 IMAGE_INDEX = torch.tensor([2, 0, 3, 2, 2, 0, 3, 2])  # 8 pairs in no order; images 1 and 4 have none
 IMAGES, WIDTH, HEADS = 5, 8, 2
 
 
-@pytest.fixture(params=["concat", "cross_attention", "cross_attention of summaries", "unified_decoder"])
+@pytest.fixture(params=[*sorted(FUSIONS), "cross_attention of summaries", "unified_decoder"])
 def model(request, build) -> VQAModel:
     """One with each fusion (the decoder is its own)."""
     return build(request.param)

@@ -12,7 +12,8 @@ import torchvision
 import transformers
 from torchvision.transforms import v2
 
-from vqa.config import ConfigError, ResNet18Config, TextTowerConfig, ViTConfig
+from vqa.config import ConfigError
+from vqa.config.runs import ResNet18Config, TextTowerConfig, ViTConfig
 from vqa.models.image_towers import ConvStem
 from vqa.models.parts import IMAGE_TOWERS, TEXT_TOWERS, parameter_count
 from vqa.models.pretrained import pretrained_tokenizer

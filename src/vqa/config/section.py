@@ -76,10 +76,10 @@ def _sentence(kind: type[Section], error: ValidationError) -> str:
         return f"unknown key {dotted}; {near(place[-1], known)}"
     if first["type"] == "missing":
         return f"the key {dotted} is missing"
-    said = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{dotted}: {said}" if dotted else said
-    return f"{dotted} is {first['input']!r}: {said[0].lower()}{said[1:]}"
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _walk(annotation: Any, path: list[str]) -> tuple[list[str], list[str]]:

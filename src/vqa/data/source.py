@@ -92,12 +92,12 @@ class Table:
     def thinned(self, fraction: float, seed: int) -> "Table":
         """A random `fraction` of each image's questions, at least one. A smaller fraction is a part of a larger one."""
         generator = np.random.default_rng(seed)
-        kept, first = [], 0
+        rows, first = [], 0
         for count in self.questions.groupby("image_id", sort=False).size():
             order = generator.permutation(count)
-            kept.extend(first + np.sort(order[: max(round(fraction * count), 1)]))
+            rows.extend(first + np.sort(order[: max(round(fraction * count), 1)]))
             first += count
-        return replace(self, questions=self.questions.iloc[kept].reset_index(drop=True))
+        return replace(self, questions=self.questions.iloc[rows].reset_index(drop=True))
 
     def captioned(self) -> "Table":
         """The images that have captions, with captions in the place of questions.
@@ -130,10 +130,10 @@ class Source:
     def answers(self) -> list[str]:
         """The answers seen often enough in training, sorted: the vocabulary of a model trained here."""
         seen = self.splits["train"].questions["answer"].value_counts()
-        kept = sorted(seen.index[seen >= self.rarest_answer])
-        if not kept:
+        vocabulary = sorted(seen.index[seen >= self.rarest_answer])
+        if not vocabulary:
             raise ConfigError(f"no answer is given {self.rarest_answer} times: raise data.train_images")
-        return kept
+        return vocabulary
 
 
 def image_features(side: int) -> datasets.Features:

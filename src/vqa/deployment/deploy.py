@@ -179,7 +179,6 @@ def latency_arm(logits: Logits, **labels: str) -> Arm:
 
 def eager(model: VQAModel) -> Logits:
     """`model` in PyTorch, with NumPy arrays in and out like the ONNX files."""
-
     network = LogitsOf(model)
 
     @torch.inference_mode()

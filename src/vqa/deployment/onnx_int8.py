@@ -163,7 +163,7 @@ def kernels(model: Path) -> Counter:
 
 
 def int8_kernels(model: Path) -> int:
-    """How many of them compute with int8 numbers."""
+    """How many of the nodes that ONNX Runtime runs for `model` compute with int8 numbers."""
     return sum(count for kind, count in kernels(model).items() if kind in INT8_KERNELS)
 
 
@@ -212,8 +212,8 @@ def all_logits(logits: Logits, split: Split) -> np.ndarray:
 
 def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
     """Mean Kullback-Leibler divergence, in nats, of the probabilities from those of `reference`; both (N, A)."""
-    own, true = (torch.from_numpy(values).double().log_softmax(-1) for values in (logits, reference))
-    return kl_div(own, true, reduction="batchmean", log_target=True).item()
+    given, true = (torch.from_numpy(values).double().log_softmax(-1) for values in (logits, reference))
+    return kl_div(given, true, reduction="batchmean", log_target=True).item()
 
 
 def layer_name(node: str) -> str:

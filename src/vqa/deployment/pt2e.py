@@ -1,8 +1,8 @@
-"""A model compiled by PyTorch itself, in fp32 and in int8: the judge of ONNX Runtime from another world.
+"""A model compiled by PyTorch itself, in fp32 and in int8: an independent check of the int8 file in ONNX Runtime.
 
 PT2E, PyTorch 2 Export quantization (torchao): observers in the exported graph read the ranges of all activations
 from training images and questions, and conversion writes int8 weights between quantize and dequantize nodes.
-Inductor, weights frozen, turns those into oneDNN's int8 kernels; unfrozen, they run in fp32 and nothing is said.
+Inductor, weights frozen, turns those into oneDNN's int8 kernels; unfrozen, they run in fp32 without a warning.
 """
 
 import importlib.util
@@ -57,8 +57,7 @@ def _compiled(logits_of: nn.Module, inputs: Inputs) -> Logits:
 def quantized(model: VQAModel, calibration: Iterable[Inputs]) -> torch.fx.GraphModule:
     """`model`, giving its logits, with int8 weights and activations in the ranges that `calibration` gave.
 
-    All inputs of `calibration` have one shape.
-    What it computes until it is compiled is int8 arithmetic imitated in fp32.
+    All inputs of `calibration` have one shape. Until the result is compiled, it imitates int8 arithmetic in fp32.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (

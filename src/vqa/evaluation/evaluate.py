@@ -38,7 +38,7 @@ def outputs(
     with one, ranks take turns at whole batches, none padded and none repeated, so every world size computes the same.
     `flip` (2,) of bool mirrors all images left-right and top-bottom. Raises Stopped if a rank is asked to stop.
     """
-    world_size, own = (rank.world_size, rank.rank) if rank else (1, 0)
+    world_size, number = (rank.world_size, rank.rank) if rank else (1, 0)
     images = np.arange(len(split))
     batches = np.split(images, images[IMAGES_PER_BATCH::IMAGES_PER_BATCH])
     training = isinstance(model, nn.Module) and model.training
@@ -48,8 +48,8 @@ def outputs(
         for turn in range(0, len(batches), world_size):
             if rank:
                 stop_if_asked(rank)
-            if turn + own < len(batches):  # in the last turn there may be nothing left for this rank
-                chosen = batches[turn + own]
+            if turn + number < len(batches):  # in the last turn there may be nothing left for this rank
+                chosen = batches[turn + number]
                 flips = None if flip is None else np.tile(flip, (len(chosen), 1))
                 batch = split.batch(chosen, flips).to(device)
                 yield batch, model(**batch.inputs())
@@ -97,9 +97,9 @@ def open_answering(folder: Path) -> Run:
     return run
 
 
-def one_rank(device: torch.device | str = "cpu") -> Rank:
+def one_rank() -> Rank:
     """The Rank of a process that torchrun did not start."""
-    return Rank(0, 0, 1, torch.device(device))
+    return Rank(0, 0, 1, torch.device("cpu"))
 
 
 def main() -> None:
@@ -117,7 +117,8 @@ def main() -> None:
     blind = BlindBaseline(source.splits["train"].questions)
     frame = predict_beside_blind(model, split, blind, arguments.split, one_rank())
     for result in accuracy_results(frame, arguments.split, source.relational_types):
-        print(f"{result.metric:24} {result.value:6.2f} {result.unit:6} [{result.low:.2f}, {result.high:.2f}]")
+        interval = "" if result.low is None else f"[{result.low:.2f}, {result.high:.2f}]"
+        print(f"{result.metric:24} {result.value:6.2f} {result.unit:6} {interval}")
 
 
 if __name__ == "__main__":

@@ -52,17 +52,15 @@ def paired_difference(first: pd.Series, second: pd.Series, image: pd.Series) -> 
     return mean, mean - half, mean + half
 
 
-def mean_paired_difference(
-    first: list[pd.DataFrame], second: list[pd.DataFrame], split: str = "test"
-) -> tuple[float, float, float]:
+def mean_paired_difference(first: list[pd.DataFrame], second: list[pd.DataFrame]) -> tuple[float, float, float]:
     """`paired_difference` of two kinds of model, several seeds each: a question counts with its mean over seeds.
 
-    `first`, `second` are records of the same questions, as in predictions.parquet.
+    `first`, `second` are answers to the same questions, as in predictions.parquet; only the test split counts.
     """
     means = []
     for frames in (first, second):
-        own = pd.concat(frames).query("split == @split")
-        means.append(own.groupby(["image_id", "question_id"])["correct"].mean())
+        answered = pd.concat(frames).query("split == 'test'")
+        means.append(answered.groupby(["image_id", "question_id"])["correct"].mean())
     image = means[0].index.get_level_values("image_id").to_series()
     return paired_difference(means[0], means[1].reindex(means[0].index), image)
 
@@ -138,9 +136,9 @@ def accuracy_results(
 ) -> list[Result]:
     """Accuracy overall, by question type, of the blind baseline, and the difference, all in percent.
 
-    `predictions` has image_id, question_type, correct: one row a question; perhaps blind_correct; and a decoder's
-    also written, answer, and answers where there are several. The question types in `relational_types` are also taken
-    together, as are the others. `labels` are fields of Result.
+    `predictions` has one row a question, with the columns image_id, question_type and correct. With blind_correct the
+    baseline is added; with written, which is judged by answer (or answers), the accuracy of what a decoder writes. The
+    question types in `relational_types` are also taken together, as are the others. `labels` are fields of Result.
     """
 
     def accuracy(metric: str, of: pd.DataFrame, correct: pd.Series) -> Result:

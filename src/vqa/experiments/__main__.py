@@ -11,19 +11,7 @@ from vqa.config import ConfigError, MeasurementConfig, load_section
 from vqa.data.source import SourceError
 from vqa.deployment.onnx_int8 import QuantizeError
 from vqa.distributed import LateRank, check_devices, exit_with, main_first, process_group
-from vqa.experiments import (  # noqa: F401  each enters its measurements in MEASURES
-    distillation,
-    forensics,
-    fusion,
-    prototype,
-    quantization,
-    quantization_aware,
-    quantization_latency,
-    scaling_loops,
-    scaling_parity,
-    scaling_speed,
-)
-from vqa.experiments.measurement import MEASURES, Measurement
+from vqa.experiments.measurement import Measurement, measure_of
 from vqa.run_folder import Run, RunError
 from vqa.training.train import TrainingError, load_data
 
@@ -40,7 +28,7 @@ def main() -> None:
             main_first(lambda: held.enter_context(run.writing()), rank)
             if rank.is_main:
                 (run.folder / "metrics.jsonl").unlink(missing_ok=True)  # of an attempt that did not finish
-            rows = MEASURES[config.kind](Measurement(config, load_data(config.runs[0], rank), rank, run))
+            rows = measure_of(config.kind)(Measurement(config, load_data(config.runs[0], rank), rank, run))
             if rank.is_main:
                 run.finish(rows)
                 for row in rows:

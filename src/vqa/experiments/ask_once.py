@@ -1,6 +1,6 @@
 """Answers one question in a process of its own, to measure a cold start. Imports no more than `ask` does.
 
-python -m vqa.experiments.ask_once FOLDER PRECISION IMAGE QUESTION
+    python -m vqa.experiments.ask_once FOLDER PRECISION IMAGE QUESTION
 
 FOLDER is a run folder, served by PyTorch, or a deployment folder, whose file of that PRECISION ONNX Runtime serves.
 The last line is the most memory that the process held, in KiB, as Linux counts it.

@@ -96,7 +96,7 @@ class EvaluatedModel:
 
 @measures
 def understanding(m: Measurement) -> list[Result]:
-    """All of it for each of the finished runs; the first is the teacher the others are compared with."""
+    """Calibration, swaps, robustness, agreement and CKA of finished runs; the first is the teacher of the others."""
     teacher, *students = (EvaluatedModel.of(run, m.source, m.rank.device) for run in m.config.runs)
     return [row for model in (teacher, *students) for row in (*_alone(model), *_beside(model, teacher))]
 

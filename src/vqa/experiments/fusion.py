@@ -7,7 +7,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqa.config import ConcatConfig, CrossAttentionConfig, load_profile
+from vqa.config import load_profile
+from vqa.config.runs import ConcatConfig, CrossAttentionConfig
 from vqa.data.batches import Batch, Split
 from vqa.data.processor import Processor
 from vqa.evaluation.timing import Arm, interleave, peak_memory, ratio

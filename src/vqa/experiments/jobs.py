@@ -3,7 +3,7 @@
 from vqa.config import MeasurementConfig, Profile, RunConfig
 from vqa.results import EARLIER
 
-SOUND_BATCH = 64  # pairs a step of 07_forensics, on any number of ranks
+SOUND_BATCH = 64  # pairs a step of a sound training in 07_forensics, on any number of ranks
 
 
 def parity_configs(runs: list[RunConfig], world_sizes: list[int]) -> list[MeasurementConfig]:

@@ -1,12 +1,15 @@
 """What measurements have in common: one registry, what each is given, and an arm that trains."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from vqa.config import MeasurementConfig, RunConfig
+from vqa.config import ConfigError, MeasurementConfig, RunConfig, near
 from vqa.data.batches import Batch
 from vqa.data.source import Source
 from vqa.distributed import Rank
@@ -42,6 +45,16 @@ def measures(measure: Callable[[Measurement], list[Result]]) -> Callable[[Measur
         raise KeyError(f"results.KINDS has no sentence for the measurement {measure.__name__!r}")
     MEASURES[measure.__name__] = measure
     return measure
+
+
+def measure_of(kind: str) -> Callable[[Measurement], list[Result]]:
+    """The function that measures `kind`. Raises ConfigError if no module of this folder has one."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "__main__":
+            importlib.import_module(f"vqa.experiments.{module.name}")
+    if kind not in MEASURES:
+        raise ConfigError(f"nothing in vqa.experiments measures {kind!r}; {near(kind, MEASURES)}")
+    return MEASURES[kind]
 
 
 class TrainingArm(Arm):

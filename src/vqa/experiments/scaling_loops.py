@@ -27,7 +27,7 @@ from vqa.results import Result
 
 OURS, PAIRWISE, BARE, MEMORY = "this study's loop", "this study's loop, pair by pair", "bare loop", "ready in memory"
 TRAINER = "transformers.Trainer, pair by pair"
-RATIOS = {  # how many times the questions a second this study's loop answers for
+RATIOS = {  # questions a second of this study's loop over those of the loop named here
     "loop_over_trainer_ratio": TRAINER,
     "loop_over_pairwise_ratio": PAIRWISE,
     "loop_over_bare_loop_ratio": BARE,

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vqa.config import RunConfig
 from vqa.distributed import Rank, gather_objects
 from vqa.evaluation.evaluate import predict
 from vqa.experiments.measurement import Measurement, measures
@@ -37,7 +36,7 @@ def parity(m: Measurement) -> list[Result]:
             continue
         losses = np.mean([loss for loss, _ in shares], axis=0)  # (S,)
         images = np.sort(np.concatenate([seen for _, seen in shares], axis=1), axis=1)  # (S, B)
-        arm = arm_name(trained)
+        arm = arm_name(trained.objective, objective.model)
         for step, loss in enumerate(losses):
             m.run.log_metrics(arm=arm, step=step + 1, loss=float(loss))
         with m.run.replacing(f"{number}.npz") as path, path.open("wb") as file:
@@ -72,11 +71,10 @@ class StepRecord:
         self.images.append(step.images)
 
 
-def arm_name(run: RunConfig) -> str:
-    """answers | alignment, and that the image tower has batch statistics, where it has them."""
-    tower = run.model.image_encoder
-    normalised = tower.kind == "resnet18" or tower.stem in ("conv", "strided")
-    return f"{run.objective}, BatchNorm" if normalised else run.objective
+def arm_name(objective: str, model: torch.nn.Module) -> str:
+    """answers | alignment, and that the model has batch statistics, where it has them."""
+    normalised = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    return f"{objective}, BatchNorm" if normalised else objective
 
 
 def _answered(objective: Answers | Alignment, rank: Rank) -> tuple[float, int]:

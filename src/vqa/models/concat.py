@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from vqa.config import ConcatConfig
+from vqa.config.runs import ConcatConfig
 from vqa.models.layers import Features
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-from vqa.config import CrossAttentionConfig
+from vqa.config.runs import CrossAttentionConfig
 from vqa.data.batches import Batch
 from vqa.models.layers import Features, feed_forward, join_heads, split_heads
 

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from vqa.config import ConfigError, ResNet18Config, ViTConfig
+from vqa.config import ConfigError
+from vqa.config.runs import ResNet18Config, ViTConfig
 from vqa.models.layers import Features
 from vqa.models.pretrained import build, checkpoint_layers, image_statistics, public_folder, transformer_sizes
 

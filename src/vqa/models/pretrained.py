@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from vqa.config import ConfigError
 from vqa.config.runs import Tower, TransformerTower
 
-transformers.logging.set_verbosity_error()  # heads that a tower has no use for are no news
+transformers.logging.set_verbosity_error()  # it would warn of every head that a tower leaves out
 
 WAIT_SECONDS = 5  # for a server to answer
 TORCHVISION_WIDTH = 512
 LFS_POINTER = b"version https://git-lfs"
-KEYS = {  # what the library calls it, and a profile
+KEYS = {  # the library's name of a size: its key in a profile
     "hidden_size": "width", "dim": "width", "hidden_sizes": "width", "num_hidden_layers": "layers",
     "n_layers": "layers", "num_attention_heads": "heads", "n_heads": "heads", "patch_size": "patch_size",
     "image_size": "image_size", "depths": "depths", "layer_type": "layer_type",

@@ -3,7 +3,7 @@
 import transformers
 from torch import Tensor, nn
 
-from vqa.config import TextTowerConfig
+from vqa.config.runs import TextTowerConfig
 from vqa.models.layers import Features
 from vqa.models.pretrained import build, checkpoint_layers, public_folder, transformer_sizes
 

@@ -119,8 +119,8 @@ class UnifiedDecoderModel(SavedModel):
         visible = seen.bool()[:, None, None, :].expand(-1, 1, tokens.shape[1], -1)
         cache = []
         for layer in self.layers[:-1]:
-            tokens, kept = layer(tokens, visible)
-            cache.append(kept)
+            tokens, entry = layer(tokens, visible)
+            cache.append(entry)
         return [*cache, self.layers[-1].keys_and_values(tokens)], seen.bool()
 
     def log_likelihood(self, ids: Tensor, cache: Cache, seen: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ class UnifiedDecoderModel(SavedModel):
         ]  # (N, 1, L, P + T + before + L)
         longer = []
         for layer, past in zip(self.layers, cache, strict=True):
-            tokens, kept = layer(tokens, visible, past)
-            longer.append(kept)
+            tokens, entry = layer(tokens, visible, past)
+            longer.append(entry)
         return self.norm(tokens) @ self.embed.weight.T, longer  # the embedding is the output layer too
 
     @torch.inference_mode()

@@ -62,7 +62,7 @@ class Distillation(Answers):
         tokens = token_loss(ours.tokens, theirs.tokens, batch.attention_mask, batch.question_index, pairs)
         total = weights.alpha * soft + (1 - weights.alpha) * ours.loss
         total = total + weights.feature_weight * (image + text) + weights.token_weight * tokens
-        return total * self.rank.world_size  # DDP will divide: the sum over ranks is meant
+        return total * self.rank.world_size  # the step's loss is the sum over ranks, and DDP takes the mean
 
     def test(self, run: Run) -> list[Result]:
         """As Answers; env.json then says which weights were the teacher."""

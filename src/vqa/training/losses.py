@@ -38,8 +38,8 @@ def token_loss(
     Every question weighs the same, however long it is and however far its batch is padded.
     """
     difference = (tokens.float() - teacher.float()).square().mean(-1)  # (B, T)
-    kept = mask.bool()
-    return (difference.where(kept, 0).sum(1) / kept.sum(1))[index].sum() / global_count
+    mask = mask.bool()
+    return (difference.where(mask, 0).sum(1) / mask.sum(1))[index].sum() / global_count
 
 
 def contrastive_loss(

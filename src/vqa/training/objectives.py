@@ -48,7 +48,7 @@ class Answers:
         """The share of `batch` in the loss of the step that `images` make up over all ranks."""
         pairs = len(self.train_split.pairs_of(images))
         loss = network(**batch.inputs(), labels=batch.labels, num_items_in_batch=pairs).loss
-        return loss * self.rank.world_size  # DDP will divide: the sum over ranks is meant
+        return loss * self.rank.world_size  # the step's loss is the sum over ranks, and DDP takes the mean
 
     def validate(self) -> float:
         """Validation accuracy, 0 to 1, on every rank."""

@@ -35,8 +35,8 @@ def towers(report: Report) -> None:
 @figure
 def parameter_share(report: Report) -> None:
     """Parameters by part for teacher and student: this profile's and the full-size pair of `base`."""
-    own = build(report, "student").processor.vocabulary_size
-    shown = ((report.profile, own), (load_profile("base"), BERT_VOCABULARY))
+    vocabulary_size = build(report, "student").processor.vocabulary_size
+    shown = ((report.profile, vocabulary_size), (load_profile("base"), BERT_VOCABULARY))
     _, axes = pyplot.subplots(1, 2, figsize=(12, 3.6))
     for axis, (profile, vocabulary) in zip(axes, shown, strict=True):
         counts = pd.DataFrame({role: parts(build_meta(profile, role, vocabulary)) for role in ROLES}).T

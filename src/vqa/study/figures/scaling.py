@@ -19,10 +19,10 @@ def parity_curves(report: Report) -> None:
     arms = list(curves["arm"].unique())
     _, axes = pyplot.subplots(2, len(arms), figsize=(4.4 * len(arms), 6), sharex=True, squeeze=False)
     for (top, bottom), arm in zip(axes.T, arms, strict=True):
-        own = losses.loc[arm].rename(columns=ranks_label)
-        apart = own.iloc[:, 1:].div(own.iloc[:, 0], axis=0).sub(1).abs().clip(lower=1e-9)  # 0 has no logarithm
-        for place, name in enumerate(own):
-            top.plot(own[name], DASHES[place % len(DASHES)], linewidth=4 / (place + 1), label=name)
+        curve = losses.loc[arm].rename(columns=ranks_label)
+        apart = curve.iloc[:, 1:].div(curve.iloc[:, 0], axis=0).sub(1).abs().clip(lower=1e-9)  # 0 has no logarithm
+        for place, name in enumerate(curve):
+            top.plot(curve[name], DASHES[place % len(DASHES)], linewidth=4 / (place + 1), label=name)
         for marker, name in zip(cycle(MARKERS[1:]), apart):
             bottom.plot(apart[name], marker, color="black", markersize=4, fillstyle="none", label=name)
         bottom.axhline(TOLERANCE, color="black", linewidth=1, linestyle="--", label="allowed")
