@@ -206,7 +206,4 @@ DISTORTIONS = {  # arm -> what is done to the test images, and how much of it
 
 EARLIER = {1: 0.52, 2: 1.44, 4: 0.098}  # the earlier study's final losses by number of GPUs, as published
 SOUND, EARLIER_RECIPE = "none", "all that bear on its table"  # arms of forensics: no fault, and all of them
-TAUGHT, UNTAUGHT = (
-    "none, distilled",
-    "teacher untrained, in train mode",
-)  # arms with a teacher, trained and not
+TAUGHT, UNTAUGHT = "none, distilled", "teacher untrained, in train mode"  # arms with a teacher, trained and not

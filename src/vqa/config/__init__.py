@@ -8,7 +8,6 @@ The sections of single towers and fusions are in vqa.config.runs.
 from vqa.config.profile import PARAMS, ROOT, Profile, load_profile, parse_overrides
 from vqa.config.runs import (
     DataConfig,
-    DistillationConfig,
     LaunchConfig,
     MeasurementConfig,
     ModelConfig,
