@@ -8,7 +8,8 @@ NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/*.ipynb))))
 
 # Where runs are kept, if not in runs/: made absolute, as notebooks run in a folder of their own.
 ifdef VQA_RUNS
-override VQA_RUNS := $(if $(filter /% ~%,$(firstword $(VQA_RUNS))),$(VQA_RUNS),$(CURDIR)/$(VQA_RUNS))
+override VQA_RUNS := $(patsubst ~/%,$(HOME)/%,$(VQA_RUNS))
+override VQA_RUNS := $(if $(filter /%,$(firstword $(VQA_RUNS))),$(VQA_RUNS),$(CURDIR)/$(VQA_RUNS))
 export VQA_RUNS
 endif
 RUNS := $(or $(VQA_RUNS),runs)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from vqa import run_folder as runs
+from vqa.config import ROOT
 from vqa.results import Result
 from vqa.run_folder import Run, RunError
 
@@ -151,7 +152,11 @@ def test_what_the_code_digest_leaves_out_no_job_imports():
 
 def test_where_runs_are_kept_may_be_relative_to_home(tmp_path):
     command = [sys.executable, "-c", "from vqa.run_folder import RUNS; print(RUNS)"]
-    for given, meant in (("~/my runs", tmp_path / "my runs"), ("some runs", tmp_path / "some runs")):
+    for given, meant in (
+        ("~/my runs", tmp_path / "my runs"),
+        ("some runs", tmp_path / "some runs"),
+        ("", ROOT / "runs"),
+    ):
         environment = os.environ | {"VQA_RUNS": given, "HOME": str(tmp_path)}
         seen = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert seen.stdout.strip() == str(meant)

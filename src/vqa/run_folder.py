@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from vqa.config import ROOT, MeasurementConfig, RunConfig, digest, load_section, save_yaml
 from vqa.results import Result
 
-RUNS = Path(os.environ.get("VQA_RUNS", ROOT / "runs")).expanduser().absolute()
+RUNS = Path(os.environ.get("VQA_RUNS") or ROOT / "runs").expanduser().absolute()
 
 
 class RunError(RuntimeError):

@@ -22,7 +22,7 @@ import numpy as np
 from vqa.data.images import ImageError, read_image
 from vqa.data.processor import Processor
 
-DEPLOYMENTS = Path(os.environ.get("VQA_RUNS", "runs")) / "deployments"
+DEPLOYMENTS = Path(os.environ.get("VQA_RUNS") or "runs").expanduser() / "deployments"
 PAIRS_AT_ONCE = 256
 SHOWN = 3
 Pair = tuple[Path, str]  # an image's file and a question about it
